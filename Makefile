@@ -1,0 +1,44 @@
+# make demo and make test set up .venv by themselves; everything else builds on them.
+PYTHON ?= python3.12
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= test
+
+.PHONY: help setup build test demo lint wheel clean
+
+help:
+	@echo "make demo | test | build | lint | wheel | clean"
+
+# The package is installed editable: Python files are used in place, ffi/ is compiled by 'build'.
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(MAKE) build
+	touch $@
+
+setup: $(VENV)/.done
+
+build:
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m jax_gemma_arf --extension
+
+test: setup
+	$(BIN)/pytest
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+lint: setup
+	$(BIN)/python -m pip install --quiet pre-commit pyright
+	$(BIN)/pre-commit run --all-files
+	$(BIN)/pyright
+
+wheel: setup
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv --clear build/wheel-test
+	build/wheel-test/bin/python -m pip install --quiet dist/*.whl
+	cd build && wheel-test/bin/python -m jax_gemma_arf --extension
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,440 @@
+// XLA FFI stages. Instantiate reads the attributes. Prepare asks XLA for the replica group's
+// communicator, whose acquisition lines the ranks up. Initialize, which XLA calls at every run, finds
+// the workspace, and creates it at the first. Execute enqueues kernels, which XLA may capture into a
+// CUDA graph: it neither allocates nor synchronises, and all state between calls is on the device.
+#include "handler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "nccl_exchange.h"
+#include "workspace.h"
+#include "xla/ffi/api/collectives_api.h"
+
+namespace jax_gemma_arf {
+namespace {
+
+namespace ffi = ::xla::ffi;
+using ffi::AnyBuffer;
+using ffi::Error;
+using ffi::ErrorOr;
+
+using Groups = std::vector<std::vector<int64_t>>;
+
+Error Invalid(const std::string& message) {
+  return Error::InvalidArgument("jax_gemma_arf: " + message);
+}
+
+Error Check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return Error::Success();
+  (void)cudaGetLastError();
+  return Error::Internal("jax_gemma_arf: " + what + ": " + cudaGetErrorString(error));
+}
+
+// Calls to a device made here must reach the stream's device, whatever the thread had current.
+class ScopedDevice {
+ public:
+  explicit ScopedDevice(cudaStream_t stream) {
+    int device = -1;
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess) error_ = cudaStreamGetDevice(stream, &device);
+    if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
+  }
+  ~ScopedDevice() { (void)cudaSetDevice(previous_); }
+  Error status() const { return Check(error_, "finding the stream's device"); }
+
+ private:
+  cudaError_t error_;
+  int previous_ = 0;
+};
+
+// The ranks of one workspace that this device holds: one of a mesh, or all in loopback, where each
+// rank but the first has a stream of its own, forked from and joined to XLA's.
+struct Parts {
+  std::vector<std::unique_ptr<RankWorkspace>> ranks;
+  std::vector<cudaStream_t> streams;
+  std::vector<cudaEvent_t> joins;
+  cudaEvent_t fork = nullptr;
+};
+
+// Lives until the process ends: CUDA graphs and peers hold the addresses.
+class Registry {
+ public:
+  // A communicator belongs to one rank of one replica group; loopback has none.
+  using Key = std::tuple<void* /*communicator*/, int32_t /*device*/, WorkspaceSpec::Key>;
+
+  static Registry& Get() {
+    static auto* const registry = new Registry();
+    return *registry;
+  }
+  const Parts* Find(const Key& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = parts_.find(key);
+    return found == parts_.end() ? nullptr : found->second.get();
+  }
+  const Parts* Insert(const Key& key, std::unique_ptr<Parts> parts) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return parts_.emplace(key, std::move(parts)).first->second.get();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, std::unique_ptr<Parts>> parts_;
+};
+
+// What one call needs on one device, once its workspace exists.
+struct Ready {
+  const Parts* parts;
+  int max_ctas;
+};
+
+// One custom call instruction, shared by all local devices. Attributes, and what Initialize found.
+struct Call {
+  static ffi::TypeId id;
+
+  Algorithm algorithm;
+  int nranks;
+  Groups groups;
+  float eps;
+  float scale_offset;
+  int max_ctas;  // 0: as many as the device holds
+
+  std::mutex mutex;
+  std::map<int32_t, Ready> ready;  // by device ordinal
+
+  const Ready* FindReady(int32_t device) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = ready.find(device);
+    return found == ready.end() ? nullptr : &found->second;
+  }
+};
+
+ffi::TypeId Call::id = {};
+
+ErrorOr<std::unique_ptr<Call>> Instantiate(std::string_view algorithm, int64_t axis_size,
+                                           ffi::Span<const int64_t> replica_groups, float eps,
+                                           float scale_offset, int64_t max_ctas) {
+  auto call = std::make_unique<Call>();
+  if (algorithm == "one_shot") {
+    call->algorithm = Algorithm::kOneShot;
+  } else if (algorithm == "two_shot") {
+    call->algorithm = Algorithm::kTwoShot;
+  } else {
+    return Invalid("algorithm must be one_shot or two_shot, got " + std::string(algorithm));
+  }
+  if (axis_size != 2 && axis_size != 4 && axis_size != 8) {
+    return Invalid("axis_size must be 2, 4 or 8, got " + std::to_string(axis_size));
+  }
+  if (replica_groups.size() == 0 || replica_groups.size() % axis_size != 0) {
+    return Invalid("replica_groups must hold whole groups of " + std::to_string(axis_size) +
+                   ", got " + std::to_string(replica_groups.size()) + " ids");
+  }
+  if (!(eps > 0) || !std::isfinite(eps) || !std::isfinite(scale_offset)) {
+    return Invalid("eps must be positive and finite and scale_offset finite, got " +
+                   std::to_string(eps) + " and " + std::to_string(scale_offset));
+  }
+  if (max_ctas != 0 && (max_ctas < 8 || max_ctas > kMaxCtas)) {
+    return Invalid("max_ctas must be 0 or from 8 to " + std::to_string(kMaxCtas) + ", got " +
+                   std::to_string(max_ctas));
+  }
+  call->nranks = static_cast<int>(axis_size);
+  for (auto id = replica_groups.begin(); id != replica_groups.end(); id += axis_size) {
+    call->groups.emplace_back(id, id + axis_size);
+  }
+  call->eps = eps;
+  call->scale_offset = scale_offset;
+  call->max_ctas = static_cast<int>(max_ctas);
+  return call;
+}
+
+ErrorOr<Dtype> DtypeOf(const AnyBuffer& buffer, const char* name) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::F32: return Dtype::kFloat32;
+    case ffi::DataType::BF16: return Dtype::kBFloat16;
+    case ffi::DataType::F16: return Dtype::kFloat16;
+    default:
+      return Invalid(std::string(name) + " must be bfloat16, float16 or float32, got XLA type " +
+                     std::to_string(static_cast<int>(buffer.element_type())));
+  }
+}
+
+ErrorOr<Operand> OperandOf(const AnyBuffer& buffer, const char* name, int64_t elements) {
+  if (static_cast<int64_t>(buffer.element_count()) != elements) {
+    return Invalid(std::string(name) + " must have " + std::to_string(elements) +
+                   " elements, got " + std::to_string(buffer.element_count()));
+  }
+  ErrorOr<Dtype> dtype = DtypeOf(buffer, name);
+  if (dtype.has_error()) return dtype.error();
+  return Operand{buffer.untyped_data(), *dtype};
+}
+
+// Sizes and types of the partial sums of one rank.
+struct Message {
+  KernelKind kind;
+  int tokens;
+  int hidden;
+  int64_t bytes;
+};
+
+// x is [tokens, hidden] for each of the `ranks` that this device holds.
+ErrorOr<Message> MessageOf(const Call& call, const AnyBuffer& x, int64_t ranks) {
+  ErrorOr<Dtype> dtype = DtypeOf(x, "x");
+  if (dtype.has_error()) return dtype.error();
+  const auto dims = x.dimensions();
+  const int64_t hidden = dims.size() == 0 ? 0 : dims.back();
+  const int64_t elements = static_cast<int64_t>(x.element_count());
+  if (hidden % 64 != 0 || hidden < 256 || hidden > 16384) {
+    return Invalid("the last dimension of x must be a multiple of 64 from 256 to 16384, got " +
+                   std::to_string(hidden));
+  }
+  if (elements == 0 || elements % (hidden * ranks) != 0) {
+    return Invalid("x must hold " + std::to_string(ranks) + " x [tokens, " +
+                   std::to_string(hidden) + "], got " + std::to_string(elements) + " elements");
+  }
+  const int64_t bytes = elements / ranks * ItemSize(*dtype);
+  if (bytes > kMaxMessageBytes) {
+    return Invalid("x must have at most " + std::to_string(kMaxMessageBytes) +
+                   " bytes a rank, got " + std::to_string(bytes));
+  }
+  return Message{{call.algorithm, *dtype, call.nranks},
+                 static_cast<int>(elements / ranks / hidden),
+                 static_cast<int>(hidden),
+                 bytes};
+}
+
+// Finds or creates the workspace for `ranks`, and remembers it for Execute.
+Error MakeReady(Call& call, int32_t device, void* communicator, const AnyBuffer& x,
+                const std::vector<int>& ranks, PeerExchange& exchange) {
+  ErrorOr<Message> message = MessageOf(call, x, ranks.size());
+  if (message.has_error()) return message.error();
+  ErrorOr<WorkspaceSpec> spec = WorkspaceSpec::For(message->kind, message->bytes);
+  if (spec.has_error()) return spec.error();
+
+  const Registry::Key key(communicator, device, spec->key());
+  const Parts* parts = Registry::Get().Find(key);
+  if (parts == nullptr) {
+    auto created = std::make_unique<Parts>();
+    auto workspace = CreateWorkspace(*spec, ranks, exchange);
+    if (workspace.has_error()) return workspace.error();
+    created->ranks = std::move(*workspace);
+    cudaError_t error = cudaSuccess;
+    if (ranks.size() > 1) {
+      error = cudaEventCreateWithFlags(&created->fork, cudaEventDisableTiming);
+    }
+    created->streams.resize(ranks.size() - 1);
+    created->joins.resize(ranks.size() - 1);
+    for (size_t i = 0; i + 1 < ranks.size(); ++i) {
+      if (error == cudaSuccess) {
+        error = cudaStreamCreateWithFlags(&created->streams[i], cudaStreamNonBlocking);
+      }
+      if (error == cudaSuccess) {
+        error = cudaEventCreateWithFlags(&created->joins[i], cudaEventDisableTiming);
+      }
+    }
+    if (error != cudaSuccess) return Check(error, "creating streams and events");
+    parts = Registry::Get().Insert(key, std::move(created));
+  }
+
+  // All blocks of all ranks on a device must be resident together: they wait for each other.
+  int resident = 0;
+  if (Error error = Check(ResidentCtas(message->kind, message->hidden, &resident),
+                          "asking for the occupancy");
+      error.failure()) {
+    return error;
+  }
+  int max_ctas = std::min<int>(resident / ranks.size(), kMaxCtas);
+  if (call.max_ctas > 0) max_ctas = std::min(max_ctas, call.max_ctas);
+  if (max_ctas < 8) {
+    return Error::Internal("jax_gemma_arf: the device holds " + std::to_string(resident) +
+                           " blocks of this kernel, too few for " + std::to_string(ranks.size()) +
+                           " ranks of at least 8");
+  }
+  const std::lock_guard<std::mutex> lock(call.mutex);
+  call.ready[device] = Ready{parts, max_ctas};
+  return Error::Success();
+}
+
+// The external flavour of XLA's collectives extension. The struct only ever grows at its end.
+struct Collectives
+    : ffi::internal::CollectivesExtensionBase<
+          ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy>> {
+  static bool Support(int32_t major, int32_t minor) { return major == 0 && minor >= 1; }
+};
+
+// XLA's default communicator for a group, which its own collectives use too.
+constexpr int64_t kCommunicationId = 0;
+
+Error PrepareMesh(ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy> collectives,
+                  Call* call) {
+  return collectives.RequestCommunicator(ffi::GroupMode::kFlattenedId, call->groups,
+                                         kCommunicationId);
+}
+
+Error InitializeMesh(
+    cudaStream_t stream, int32_t device,
+    ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy> collectives, Call* call,
+    AnyBuffer x, ffi::RemainingArgs) {
+  if (call->FindReady(device) != nullptr) return Error::Success();
+  const ScopedDevice scope(stream);
+  if (Error error = scope.status(); error.failure()) return error;
+
+  auto communicator = collectives.GetCommunicator(ffi::GroupMode::kFlattenedId, call->groups,
+                                                  kCommunicationId);
+  if (communicator.has_error()) return communicator.error();
+  ErrorOr<CommunicatorInfo> info = DescribeCommunicator(*communicator);
+  if (info.has_error()) return info.error();
+  if (info->size != call->nranks) {
+    return Error::Internal("jax_gemma_arf: XLA's communicator has " + std::to_string(info->size) +
+                           " ranks where the replica groups have " + std::to_string(call->nranks));
+  }
+  NcclExchange exchange(*communicator, info->size);
+  return MakeReady(*call, device, *communicator, x, {info->rank}, exchange);
+}
+
+// All ranks are this thread's, so their records are all there are.
+class LoopbackExchange : public PeerExchange {
+ public:
+  Error AllGather(const std::vector<PeerRecord>& mine, std::vector<PeerRecord>* all) override {
+    *all = mine;
+    return Error::Success();
+  }
+};
+
+Error InitializeLoopback(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x,
+                         ffi::RemainingArgs) {
+  if (call->FindReady(device) != nullptr) return Error::Success();
+  const ScopedDevice scope(stream);
+  if (Error error = scope.status(); error.failure()) return error;
+  std::vector<int> ranks(call->nranks);
+  std::iota(ranks.begin(), ranks.end(), 0);
+  LoopbackExchange exchange;
+  return MakeReady(*call, device, nullptr, x, ranks, exchange);
+}
+
+Error Execute(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x, AnyBuffer residual,
+              AnyBuffer norm_scale, ffi::RemainingArgs rest, ffi::Result<AnyBuffer> out) {
+  const Ready* ready = call->FindReady(device);
+  if (ready == nullptr) {
+    return Error::Internal("jax_gemma_arf: Execute before Initialize on device " +
+                           std::to_string(device));
+  }
+  const Parts& parts = *ready->parts;
+  const int64_t ranks = parts.ranks.size();
+  ErrorOr<Message> message = MessageOf(*call, x, ranks);
+  if (message.has_error()) return message.error();
+  const WorkspaceSpec& spec = parts.ranks[0]->spec();
+  if (message->bytes > spec.capacity_bytes || ItemSize(message->kind.dtype) != spec.item_size) {
+    return Error::Internal("jax_gemma_arf: a message of " + std::to_string(message->bytes) +
+                           " bytes does not fit its workspace of " +
+                           std::to_string(spec.capacity_bytes));
+  }
+  const int64_t elements = int64_t{message->tokens} * message->hidden;
+  ErrorOr<Operand> residual_operand = OperandOf(residual, "residual", elements);
+  if (residual_operand.has_error()) return residual_operand.error();
+  ErrorOr<Operand> scale_operand = OperandOf(norm_scale, "norm_scale", message->hidden);
+  if (scale_operand.has_error()) return scale_operand.error();
+  ErrorOr<Operand> out_operand = OperandOf(*out, "the result", elements * ranks);
+  if (out_operand.has_error()) return out_operand.error();
+  if (out_operand->dtype != residual_operand->dtype) {
+    return Invalid("the result must have residual's type");
+  }
+  Operand layer_scalar;
+  if (rest.size() > 1) return Invalid("expected at most 4 operands");
+  if (rest.size() == 1) {
+    ErrorOr<AnyBuffer> buffer = rest.get<AnyBuffer>(0);
+    if (buffer.has_error()) return buffer.error();
+    ErrorOr<Operand> operand = OperandOf(*buffer, "layer_scalar", 1);
+    if (operand.has_error()) return operand.error();
+    layer_scalar = *operand;
+  }
+
+  cudaError_t error = cudaSuccess;
+  if (ranks > 1) error = cudaEventRecord(parts.fork, stream);
+  for (int64_t i = 0; i < ranks; ++i) {
+    const RankWorkspace& workspace = *parts.ranks[i];
+    const cudaStream_t own = i == 0 ? stream : parts.streams[i - 1];
+    if (error == cudaSuccess && i > 0) error = cudaStreamWaitEvent(own, parts.fork);
+    Launch launch{message->kind,      workspace.rank(),  message->tokens,
+                  message->hidden,    ready->max_ctas,   workspace.table(),
+                  static_cast<const char*>(x.untyped_data()) + i * message->bytes,
+                  {*residual_operand, *scale_operand, layer_scalar,
+                   static_cast<char*>(out->untyped_data()) +
+                       i * elements * ItemSize(out_operand->dtype),
+                   call->eps, call->scale_offset}};
+    if (error == cudaSuccess) error = Enqueue(launch, own);
+    if (error == cudaSuccess && i > 0) error = cudaEventRecord(parts.joins[i - 1], own);
+  }
+  for (int64_t i = 1; i < ranks && error == cudaSuccess; ++i) {
+    error = cudaStreamWaitEvent(stream, parts.joins[i - 1]);
+  }
+  return Check(error, "launching for " + std::to_string(message->tokens) + " tokens of " +
+                          std::to_string(message->hidden));
+}
+
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
+                       ffi::Ffi::BindInstantiate()
+                           .Attr<std::string_view>("algorithm")
+                           .Attr<int64_t>("axis_size")
+                           .Attr<ffi::Span<const int64_t>>("replica_groups")
+                           .Attr<float>("eps")
+                           .Attr<float>("scale_offset")
+                           .Attr<int64_t>("max_ctas"));
+
+XLA_FFI_DEFINE_HANDLER(
+    kPrepareMesh, PrepareMesh,
+    ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Ctx<ffi::State<Call>>());
+
+XLA_FFI_DEFINE_HANDLER(kInitializeMesh, InitializeMesh,
+                       ffi::Ffi::BindInitialize()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::Extension<Collectives>>()
+                           .Ctx<ffi::State<Call>>()
+                           .Arg<AnyBuffer>()
+                           .RemainingArgs());
+
+XLA_FFI_DEFINE_HANDLER(kInitializeLoopback, InitializeLoopback,
+                       ffi::Ffi::BindInitialize()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::State<Call>>()
+                           .Arg<AnyBuffer>()
+                           .RemainingArgs());
+
+XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::State<Call>>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .Arg<AnyBuffer>()
+                           .RemainingArgs()
+                           .Ret<AnyBuffer>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+const Target kTargets[2] = {
+    {"jax_gemma_arf.post_ff", kInstantiate, kPrepareMesh, kInitializeMesh, kExecute},
+    {"jax_gemma_arf.loopback_post_ff", kInstantiate, nullptr, kInitializeLoopback, kExecute},
+};
+
+ffi::TypeId* CallTypeId() { return &Call::id; }
+
+const ffi::TypeInfo* CallTypeInfo() {
+  static const ffi::TypeInfo info = ffi::MakeTypeInfo<Call>();
+  return &info;
+}
+
+}  // namespace jax_gemma_arf

@@ -1,0 +1,94 @@
+// The Python face of the compiled part: handlers to register, and what this machine's GPUs can do.
+#include <cuda_runtime_api.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "handler.h"
+#include "workspace.h"
+
+namespace nb = nanobind;
+
+namespace jax_gemma_arf {
+namespace {
+
+template <typename Pointer>
+nb::capsule Capsule(Pointer* pointer) {
+  return nb::capsule(reinterpret_cast<void*>(const_cast<std::remove_const_t<Pointer>*>(pointer)));
+}
+
+nb::dict Registrations() {
+  nb::dict targets;
+  for (const Target& target : kTargets) {
+    nb::dict stages;
+    const std::pair<const char*, XLA_FFI_Handler*> all[] = {{"instantiate", target.instantiate},
+                                                            {"prepare", target.prepare},
+                                                            {"initialize", target.initialize},
+                                                            {"execute", target.execute}};
+    for (const auto& [stage, handler] : all) {
+      if (handler != nullptr) stages[stage] = nb::capsule(reinterpret_cast<void*>(handler));
+    }
+    targets[target.name] = stages;
+  }
+  return targets;
+}
+
+nb::dict TypeRegistrations() {
+  nb::dict call;
+  call["type_id"] = Capsule(CallTypeId());
+  call["type_info"] = Capsule(CallTypeInfo());
+  nb::dict types;
+  types["jax_gemma_arf.Call"] = call;
+  return types;
+}
+
+// [i][j]: whether device i reaches device j's memory over NVLink. PCIe peers have no native atomics.
+std::vector<std::vector<bool>> NvlinkPeers() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+  (void)cudaGetLastError();
+  std::vector<std::vector<bool>> peers(count, std::vector<bool>(count, true));
+  for (int i = 0; i < count; ++i) {
+    for (int j = 0; j < count; ++j) {
+      if (i == j) continue;
+      int access = 0, atomics = 0;
+      const bool known =
+          cudaDeviceGetP2PAttribute(&access, cudaDevP2PAttrAccessSupported, i, j) == cudaSuccess &&
+          cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, i, j) ==
+              cudaSuccess;
+      peers[i][j] = known && access != 0 && atomics != 0;
+    }
+  }
+  return peers;
+}
+
+int64_t WorkspaceBytes(bool one_shot, int nranks, int item_size, int64_t message_bytes) {
+  const KernelKind kind{one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot,
+                        item_size == 4 ? Dtype::kFloat32 : Dtype::kBFloat16, nranks};
+  const auto spec = WorkspaceSpec::For(kind, message_bytes);
+  if (spec.has_error()) throw nb::value_error(spec.error().message().c_str());
+  return WorkspaceLayout(*spec).total;
+}
+
+}  // namespace
+}  // namespace jax_gemma_arf
+
+NB_MODULE(_ffi, module) {
+  using namespace jax_gemma_arf;
+  module.attr("__version__") = JAX_GEMMA_ARF_VERSION;
+  module.attr("flashinfer_version") = JAX_GEMMA_ARF_FLASHINFER_VERSION;
+  module.attr("max_message_bytes") = kMaxMessageBytes;
+  module.attr("max_lamport_bytes") = kMaxLamportBytes;
+  module.def("registrations", &Registrations,
+             "Custom call targets: {name: {stage: capsule}}, for jax.ffi.register_ffi_target.");
+  module.def("type_registrations", &TypeRegistrations,
+             "FFI types: {name: {type_id, type_info}}, for jax.ffi.register_ffi_type.");
+  module.def("nvlink_peers", &NvlinkPeers,
+             "Matrix over CUDA devices: whether one reaches the other's memory over NVLink.");
+  module.def("workspace_bytes", &WorkspaceBytes, nb::arg("one_shot"), nb::arg("nranks"),
+             nb::arg("item_size"), nb::arg("message_bytes"),
+             "Device memory that one rank's workspace takes for a message of this many bytes.");
+}

@@ -1,0 +1,80 @@
+"""``python -m jax_gemma_arf``: what this machine can do, and why."""
+
+import argparse
+import importlib.metadata
+
+import jax
+import jax.numpy as jnp
+
+from jax_gemma_arf import __version__, extension, fusion_support
+from jax_gemma_arf.support import AXIS_SIZES
+
+GEMMA4_HIDDEN = {"E2B": 1536, "E4B": 2560, "26B-A4B": 2816, "31B": 5376}
+
+
+def main() -> None:
+    """Prints the report."""
+    parser = argparse.ArgumentParser(prog="python -m jax_gemma_arf", description=__doc__)
+    parser.add_argument(
+        "--extension", action="store_true", help="print only whether the extension is there"
+    )
+    arguments = parser.parse_args()
+    print(f"jax_gemma_arf {__version__}: {describe_extension()}")
+    if not arguments.extension:
+        print_devices()
+        print_decisions()
+
+
+def describe_extension() -> str:
+    """One line on the compiled part; its handlers are registered in passing."""
+    built = extension.load()
+    if built is None:
+        return f"runs as psum, {extension.why_missing()}"
+    targets = ", ".join(built.registrations())
+    return f"extension with FlashInfer {built.flashinfer_version}, handlers registered: {targets}"
+
+
+def print_devices() -> None:
+    """Versions, devices, and which GPUs reach which over NVLink."""
+    versions = [
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("jax", "jaxlib", "jax-cuda13-plugin")
+        if _installed(name)
+    ]
+    print(", ".join(versions))
+    for device in jax.devices():
+        capability = getattr(device, "compute_capability", None)
+        suffix = f", compute capability {capability}" if capability else ""
+        print(f"  {device}: {device.device_kind}{suffix}, process {device.process_index}")
+    built = extension.load()
+    peers = built.nvlink_peers() if built is not None else []
+    if len(peers) > 1:
+        print("NVLink peer access (row reaches column):")
+        for row in peers:
+            print("  " + " ".join("yes" if linked else "no " for linked in row))
+
+
+def print_decisions() -> None:
+    """The decision for the four Gemma 4 sizes, bfloat16, at one and at 4096 tokens."""
+    count = len(jax.devices())
+    sizes = [size for size in AXIS_SIZES if size <= count] or [count]
+    for size in sizes:
+        mesh = jax.make_mesh((size,), ("tp",), devices=jax.devices()[:size])
+        print(f"tensor parallelism over {size} of {count} devices, bfloat16:")
+        for model, hidden in GEMMA4_HIDDEN.items():
+            for tokens in (1, 4096):
+                support = fusion_support((tokens, hidden), jnp.bfloat16, mesh=mesh, axis_name="tp")
+                kernel = "kernel" if support.ok else "psum  "
+                print(f"  {model:8} D = {hidden}, {tokens:4} tokens: {kernel} ({support.reason})")
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The public operations: argument checks, then the primitive or the reference."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from jax_gemma_arf import lowering
+from jax_gemma_arf.reference import reference_post_ff
+from jax_gemma_arf.support import DTYPES, AxisName, axis_names
+
+Implementation = Literal["cuda", "xla"]
+
+
+def fused_post_ff(
+    x: jax.Array,
+    residual: jax.Array,
+    norm_scale: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
+    axis_name: AxisName,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """All-reduce, RMSNorm, residual add and layer scalar of a Gemma block, in one kernel launch.
+
+    Computes, inside ``jax.shard_map``::
+
+        (rmsnorm(psum(x, axis_name)) * (scale_offset + norm_scale) + residual) * layer_scalar
+
+    Norm, then add: Gemma's order, not Llama's. On NVLinked CUDA devices this is one launch of
+    FlashInfer's all-reduce with a Gemma epilogue; anywhere else it is psum and the same arithmetic,
+    and the reason is logged once at level INFO by the logger ``jax_gemma_arf``.
+
+    Numerics. The kernel sums the ranks in float32 in rank order 0..N-1 and rounds once to x.dtype;
+    psum adds in x.dtype. Everything after the sum is float32, with one rounding, to residual.dtype,
+    at the end. All ranks of a call hold identical bits, run after run. With 2 ranks the sum equals
+    psum's (but for the sign of a zero), and outputs differ from the psum implementation by at most
+    one unit in the last place of bfloat16 and float16; the order of the float32 mean differs. The
+    kernel's result for a token depends on neither the other tokens of the call nor their number.
+
+    Differentiable in reverse mode (the derivative is that of the psum implementation), and works
+    under jit, scan, while_loop, remat and vmap, with check_vma on or off.
+
+    Args:
+      x: [..., D], bfloat16, float16 or float32: this rank's partial sums (varying, or unreduced,
+        over axis_name).
+      residual: [..., D], x's shape, replicated over axis_name.
+      norm_scale: [D], replicated.
+      layer_scalar: () or (1,), or None for 1 (the post-attention site; Gemma 4 E2B and E4B).
+      axis_name: the manual mesh axis of tensor parallelism, or a tuple of them.
+      eps: added to the mean of squares; positive.
+      scale_offset: 0.0 for Gemma 4; 1.0 for Gemma 2 and 3, whose checkpoints hold w for 1 + w.
+      implementation: "cuda" for the kernel or an error that says why it cannot run; "xla" for psum
+        and the tail; None for the kernel where it applies and psum elsewhere. What applies:
+        :func:`jax_gemma_arf.fusion_support`.
+
+    All operands are bfloat16, float16 or float32; float32 mixes with either of the others, but
+    bfloat16 and float16 must not meet in one call.
+
+    Returns:
+      [..., D], residual.dtype, replicated over axis_name.
+
+    Raises:
+      ValueError, TypeError: at trace time, naming the argument, what must hold, and what came.
+      NotImplementedError: when the call is lowered, if implementation is "cuda" and the kernel
+        cannot run.
+    """
+    x, residual, norm_scale = jnp.asarray(x), jnp.asarray(residual), jnp.asarray(norm_scale)
+    operands = (x, residual, norm_scale)
+    if layer_scalar is not None:
+        operands += (jnp.asarray(layer_scalar),)
+    eps, scale_offset = _check_number("eps", eps), _check_number("scale_offset", scale_offset)
+    if eps <= 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    if implementation not in ("cuda", "xla", None):
+        raise ValueError(f'implementation must be "cuda", "xla" or None, got {implementation!r}')
+    _check_operands(*operands)
+    names = _check_axis(axis_name)
+    _check_replication(operands, names)
+
+    if implementation == "xla":
+        return reference_post_ff(*operands, axis_name=names, eps=eps, scale_offset=scale_offset)
+    params = {
+        "axis_name": names,
+        "eps": eps,
+        "scale_offset": scale_offset,
+        "implementation": implementation,
+    }
+    return lowering.post_ff(tuple(sorted(params.items())), operands)
+
+
+def down_proj_post_ff(
+    activations: jax.Array,
+    w_down: jax.Array,
+    residual: jax.Array,
+    norm_scale: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
+    mesh: jax.sharding.Mesh,
+    axis_name: AxisName,
+    token_spec: PartitionSpec | None = None,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Down-projection and :func:`fused_post_ff`, for code that is not inside ``jax.shard_map``.
+
+    Opens a shard_map over all axes of the mesh (on a partly manual one XLA gathers the operands of a
+    custom call over the others), multiplies this rank's slices, and reduces in the fused tail.
+
+    Args:
+      activations: [..., F], sharded over axis_name along F.
+      w_down: [F, D], sharded over axis_name along F.
+      residual: [..., D], replicated over axis_name.
+      norm_scale: [D].
+      layer_scalar: () or (1,), or None for 1.
+      mesh: the mesh.
+      axis_name: its axis (or axes) of tensor parallelism.
+      token_spec: how the leading axes of activations and residual are sharded over the other axes of
+        the mesh, such as P("data"). None: as residual's type says if the mesh is Explicit, else not
+        at all; operands that are sharded otherwise are gathered.
+      eps, scale_offset, implementation: as in fused_post_ff.
+
+    Returns:
+      [..., D], residual.dtype, sharded as residual.
+
+    Raises:
+      ValueError, TypeError: at trace time, as fused_post_ff; also if F is not divisible by the axis.
+    """
+    names = axis_names(axis_name)
+    for name in names:
+        if name not in mesh.axis_names:
+            raise ValueError(
+                f"axis_name must name axes of the mesh {mesh.axis_names}, got {axis_name!r}"
+            )
+    size = math.prod(mesh.shape[name] for name in names)
+    if jnp.ndim(w_down) != 2 or jnp.ndim(activations) < 1:
+        raise ValueError(
+            f"activations must be [..., F] and w_down [F, D], got shapes {jnp.shape(activations)} "
+            f"and {jnp.shape(w_down)}"
+        )
+    features = jnp.shape(activations)[-1]
+    if features != w_down.shape[0] or features % size != 0:
+        raise ValueError(
+            f"F, the last axis of activations and the first of w_down, must agree and be divisible "
+            f"by the {size} ranks of {axis_name!r}, got {features} and {w_down.shape[0]}"
+        )
+    expected = (*jnp.shape(activations)[:-1], w_down.shape[1])
+    if jnp.shape(residual) != expected:
+        raise ValueError(
+            f"residual must have the shape {expected} of activations @ w_down, "
+            f"got {jnp.shape(residual)}"
+        )
+    if token_spec is None:
+        token_spec = _token_spec(residual, mesh)
+    leading = len(expected) - 1
+    tokens = (*token_spec, *(None,) * (leading - len(token_spec)))
+    if len(tokens) != leading:
+        raise ValueError(
+            f"token_spec must have at most {leading} entries for residual's leading axes, "
+            f"got {token_spec}"
+        )
+
+    def local(activations, w_down, residual, norm_scale, *layer_scalar):
+        partial_sums = jnp.dot(activations, w_down)
+        return fused_post_ff(
+            partial_sums,
+            residual,
+            norm_scale,
+            *layer_scalar,
+            axis_name=names,
+            eps=eps,
+            scale_offset=scale_offset,
+            implementation=implementation,
+        )
+
+    operands = [activations, w_down, residual, norm_scale]
+    in_specs = [
+        PartitionSpec(*tokens, names),
+        PartitionSpec(names, None),
+        PartitionSpec(*tokens, None),
+        PartitionSpec(),
+    ]
+    if layer_scalar is not None:
+        operands.append(jnp.asarray(layer_scalar))
+        in_specs.append(PartitionSpec())
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=tuple(in_specs), out_specs=PartitionSpec(*tokens, None)
+    )(*operands)
+
+
+def _token_spec(residual: jax.Array, mesh: jax.sharding.Mesh) -> PartitionSpec:
+    """The sharding of residual's leading axes, where its type tells."""
+    if all(kind == AxisType.Explicit for kind in mesh.axis_types):
+        return PartitionSpec(*jax.typeof(residual).sharding.spec[:-1])
+    return PartitionSpec()
+
+
+def _check_number(name: str, value: float) -> float:
+    try:
+        number = float(value)
+    except Exception as error:
+        raise TypeError(f"{name} must be a static number, got {type(value).__name__}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def _check_operands(x, residual, norm_scale, layer_scalar=None) -> None:
+    """Shapes and dtypes. No operand is ever converted silently, nor read as another dtype."""
+    if x.ndim == 0:
+        raise ValueError("x must be [..., D], got the shape ()")
+    hidden = x.shape[-1]
+    if hidden == 0:
+        raise ValueError(f"x must have D > 0 elements a token, got the shape {x.shape}")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {x.shape}, got {residual.shape}")
+    if norm_scale.shape != (hidden,):
+        raise ValueError(
+            f"norm_scale must have the shape ({hidden},) for x of shape {x.shape}, "
+            f"got {norm_scale.shape}"
+        )
+    named = {"x": x, "residual": residual, "norm_scale": norm_scale}
+    if layer_scalar is not None:
+        if layer_scalar.shape not in ((), (1,)):
+            raise ValueError(f"layer_scalar must have the shape () or (1,), got {layer_scalar.shape}")
+        named["layer_scalar"] = layer_scalar
+    for name, operand in named.items():
+        if operand.dtype not in DTYPES:
+            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {operand.dtype}")
+    if {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)} <= {a.dtype for a in named.values()}:
+        dtypes = ", ".join(f"{name} {operand.dtype}" for name, operand in named.items())
+        raise TypeError(f"bfloat16 and float16 must not be mixed in one call, got {dtypes}")
+
+
+def _check_axis(axis_name: AxisName) -> tuple[str, ...]:
+    names = axis_names(axis_name)
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    for name in names:
+        if kinds.get(name) != AxisType.Manual:
+            manual = [n for n, kind in kinds.items() if kind == AxisType.Manual]
+            raise ValueError(
+                f"axis_name must name manual axes of the mesh, which are {manual} here, got "
+                f"{axis_name!r}; call inside jax.shard_map over that axis"
+            )
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"axis_name must be one axis or several different ones, got {axis_name!r}")
+    return names
+
+
+def _check_replication(operands: tuple[jax.Array, ...], names: tuple[str, ...]) -> None:
+    """x must be partial over the axes and the rest replicated, as far as check_vma lets us see."""
+    mesh = jax.sharding.get_abstract_mesh()
+    reduced = {name for name in names if mesh.shape[name] > 1}
+    types = [jax.typeof(operand).manual_axis_type for operand in operands]
+    for name, kind in zip(("residual", "norm_scale", "layer_scalar"), types[1:]):
+        if over := (kind.varying | kind.unreduced) & reduced:
+            raise ValueError(
+                f"{name} must be replicated over axis_name, got one that varies over "
+                f"{sorted(over)}; reduce or gather it first"
+            )
+    if other := types[0].unreduced - set(names):
+        raise ValueError(
+            f"x must be unreduced over axis_name alone, got one unreduced over {sorted(other)} too"
+        )
+    partial_over = types[0].varying | types[0].unreduced
+    checked = jax.eval_shape(lambda: jax.lax.axis_index(names)).manual_axis_type
+    if checked is not None and reduced & checked.varying and not reduced <= partial_over:
+        raise ValueError(
+            f"x must hold partial sums that vary over {names}, got one replicated over "
+            f"{sorted(reduced - partial_over)}: it is reduced already, or lacks jax.lax.pcast"
+        )
