@@ -5,6 +5,7 @@
 #include "handler.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <map>
 #include <memory>
@@ -321,6 +322,8 @@ Error InitializeLoopback(cudaStream_t stream, int32_t device, Call* call, AnyBuf
   return MakeReady(*call, device, nullptr, x, ranks, exchange);
 }
 
+std::atomic<int64_t> enqueued{0};
+
 Error Execute(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x, AnyBuffer residual,
               AnyBuffer norm_scale, ffi::RemainingArgs rest, ffi::Result<AnyBuffer> out) {
   const Ready* ready = call->FindReady(device);
@@ -372,6 +375,7 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x, AnyB
                        i * elements * ItemSize(out_operand->dtype),
                    call->eps, call->scale_offset}};
     if (error == cudaSuccess) error = Enqueue(launch, own);
+    if (error == cudaSuccess) enqueued.fetch_add(1, std::memory_order_relaxed);
     if (error == cudaSuccess && i > 0) error = cudaEventRecord(parts.joins[i - 1], own);
   }
   for (int64_t i = 1; i < ranks && error == cudaSuccess; ++i) {
@@ -429,6 +433,8 @@ const Target kTargets[2] = {
     {"jax_gemma_arf.post_ff", kInstantiate, kPrepareMesh, kInitializeMesh, kExecute},
     {"jax_gemma_arf.loopback_post_ff", kInstantiate, nullptr, kInitializeLoopback, kExecute},
 };
+
+int64_t EnqueuedLaunches() { return enqueued.load(); }
 
 ffi::TypeId* CallTypeId() { return &Call::id; }
 

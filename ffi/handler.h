@@ -18,6 +18,9 @@ struct Target {
 // ranks on one device, on streams of their own; x and the result have a leading axis of ranks.
 extern const Target kTargets[2];
 
+// Launches that Execute has enqueued or captured in this process. A replayed CUDA graph adds none.
+int64_t EnqueuedLaunches();
+
 // The state that Instantiate makes; its type must be registered before the targets.
 xla::ffi::TypeId* CallTypeId();
 const xla::ffi::TypeInfo* CallTypeInfo();

@@ -12,7 +12,7 @@ namespace {
 
 namespace fi = flashinfer::trtllm_allreduce_fusion;
 
-// 672 threads hold a bfloat16 row of 31B (D = 5376) in one block. The build's register limit of 96
+// 672 threads hold a bfloat16 row of 31B (D = 5376) in one block. The build's register limit of 80
 // (CMakeLists.txt) lets every instantiation launch with this many.
 constexpr int kMaxThreads = 672;
 

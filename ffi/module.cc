@@ -88,6 +88,8 @@ NB_MODULE(_ffi, module) {
              "FFI types: {name: {type_id, type_info}}, for jax.ffi.register_ffi_type.");
   module.def("nvlink_peers", &NvlinkPeers,
              "Matrix over CUDA devices: whether one reaches the other's memory over NVLink.");
+  module.def("enqueued_launches", &EnqueuedLaunches,
+             "Launches enqueued or captured so far; a replayed CUDA graph adds none.");
   module.def("workspace_bytes", &WorkspaceBytes, nb::arg("one_shot"), nb::arg("nranks"),
              nb::arg("item_size"), nb::arg("message_bytes"),
              "Device memory that one rank's workspace takes for a message of this many bytes.");

@@ -1,0 +1,48 @@
+"""Eight virtual CPU devices for every test, and skips that say what was needed and what was found."""
+
+import jax
+import pytest
+from runners import make_mesh
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def gpus() -> list[jax.Device]:
+    try:
+        return jax.devices("cuda")
+    except RuntimeError:
+        return []
+
+
+@pytest.fixture
+def require_gpus():
+    """require_gpus(n) returns n GPUs or skips."""
+
+    def require(count: int) -> list[jax.Device]:
+        found = gpus()
+        if len(found) < count:
+            pytest.skip(f"needs {count} GPUs, found {len(found)}")
+        return found[:count]
+
+    return require
+
+
+@pytest.fixture
+def built():
+    """The extension, or a skip that says why there is none."""
+    from jax_gemma_arf import extension
+
+    if extension.load() is None:
+        pytest.skip(f"needs the extension: {extension.why_missing()}")
+    return extension.load()
+
+
+@pytest.fixture
+def mesh(cpus):
+    """Two virtual CPUs along "tp", in Auto mode."""
+    return make_mesh((2,), ("tp",), cpus[:2])
+
+
+@pytest.fixture
+def cpus() -> list[jax.Device]:
+    return jax.devices("cpu")

@@ -1,0 +1,98 @@
+"""The compiled part, as far as a machine without a GPU can tell."""
+
+import importlib
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jax_gemma_arf
+from jax_gemma_arf import extension, lowering, support
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_handlers_register(built):
+    assert set(built.registrations()) == {lowering.MESH_TARGET, lowering.LOOPBACK_TARGET}
+    mesh_stages = set(built.registrations()[lowering.MESH_TARGET])
+    assert mesh_stages == {"instantiate", "prepare", "initialize", "execute"}
+    assert extension.load() is built  # registered once
+
+
+def test_versions_agree(built):
+    assert built.__version__ == jax_gemma_arf.__version__
+
+
+def test_version_mismatch_says_what_to_reinstall(built, monkeypatch):
+    """Hazard 27: a stale binary is an error at import."""
+    monkeypatch.setattr(built, "__version__", "0.0.1")
+    with pytest.raises(ImportError, match=r"built for 0\.0\.1; reinstall the package: pip install"):
+        importlib.reload(extension)
+    monkeypatch.undo()
+    importlib.reload(extension)
+
+
+def test_import_without_extension():
+    """No nvcc at install time: the package imports, and says so in one line."""
+    code = (
+        "import sys; sys.modules['jax_gemma_arf._ffi'] = None\n"
+        "import jax_gemma_arf.__main__ as report; print(report.describe_extension())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == (
+        "runs as psum, the extension was not built (no nvcc when jax_gemma_arf was installed)\n"
+    )
+
+
+def test_caps_agree(built):
+    """Python decides with the cap that the handlers enforce."""
+    assert support.MAX_MESSAGE_BYTES == built.max_message_bytes
+    for ranks, limit in support.ONE_SHOT_MAX_BYTES.items():
+        assert ranks * limit <= built.max_lamport_bytes
+
+
+@pytest.mark.parametrize("ranks", support.AXIS_SIZES)
+def test_workspace_bytes(built, ranks):
+    """Hazard 16: three Lamport generations of one message per rank are all counted."""
+    message = 1 << 20
+    one_shot = built.workspace_bytes(True, ranks, 2, message)
+    two_shot = built.workspace_bytes(False, ranks, 2, message)
+    assert 0 <= one_shot - 3 * ranks * message < 64 << 10
+    assert 0 <= two_shot - 2 * message < 64 << 10
+
+
+def test_size_classes(built):
+    """Messages share a workspace up to the next power of two, so sizes need few of them."""
+    sizes = [2 * tokens * 5376 for tokens in range(1, 4096)]
+    classes = {built.workspace_bytes(False, 2, 2, size) for size in sizes}
+    assert len(classes) <= math.ceil(math.log2(sizes[-1] / sizes[0])) + 1
+
+
+def test_cap_is_enforced(built):
+    """Hazards 15 and 17."""
+    assert built.workspace_bytes(False, 2, 2, built.max_message_bytes) < 2**31
+    with pytest.raises(ValueError, match=f"{built.max_message_bytes + 1} bytes over 2 ranks"):
+        built.workspace_bytes(False, 2, 2, built.max_message_bytes + 1)
+    with pytest.raises(ValueError, match="above the cap of 67108864 bytes for one-shot"):
+        built.workspace_bytes(True, 8, 2, (64 << 20) + 1)
+
+
+def test_stub_matches_module(built):
+    stub = (ROOT / "jax_gemma_arf" / "_ffi.pyi").read_text()
+    declared = set(re.findall(r"^(?:def )?(\w+)[:(]", stub, re.MULTILINE))
+    public = {name for name in vars(built) if not name.startswith("_")} | {"__version__"}
+    assert declared == public
+
+
+def test_report(capsys, monkeypatch):
+    from jax_gemma_arf import __main__ as report
+
+    monkeypatch.setattr(sys, "argv", ["jax_gemma_arf"])
+    report.main()
+    out = capsys.readouterr().out
+    assert f"jax_gemma_arf {jax_gemma_arf.__version__}" in out
+    for model, hidden in report.GEMMA4_HIDDEN.items():
+        assert re.search(rf"{model} +D = {hidden}, +1 tokens", out)

@@ -1,0 +1,133 @@
+"""The decision: static, the same for all ranks, with reasons that a person can act on."""
+
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import GEMMA_HIDDEN
+
+from jax_gemma_arf import extension, fusion_support, support
+
+
+class FakeClient:
+    """A client with GPUs, as the decision sees them."""
+
+    def __init__(self, processes=(0, 0, 0, 0), capability="9.0", kinds=("H100",)):
+        self._devices = [
+            types.SimpleNamespace(
+                platform="gpu",
+                compute_capability=capability,
+                device_kind=kinds[i % len(kinds)],
+                process_index=process,
+                client=self,
+            )
+            for i, process in enumerate(processes)
+        ]
+
+    def devices(self):
+        return self._devices
+
+
+@pytest.fixture
+def nvlinked(monkeypatch):
+    """An extension that finds all devices linked; settable to not."""
+    fake = types.SimpleNamespace(linked=True)
+    fake.nvlink_peers = lambda: [[True, fake.linked], [fake.linked, True]]
+    monkeypatch.setattr(extension, "load", lambda: fake)
+    monkeypatch.setattr(extension, "why_missing", lambda: None)
+    return fake
+
+
+ABSTRACT = jax.sharding.AbstractMesh((2, 2), ("data", "tp"))
+
+
+def decide(shape=(1, 5376), dtype=jnp.bfloat16, mesh=ABSTRACT, axis_name="tp", **options):
+    options = {"client": FakeClient()} | options
+    return support.decide(shape, jnp.dtype(dtype), mesh=mesh, axis_name=axis_name, **options)
+
+
+def test_accepts(nvlinked):
+    for hidden in GEMMA_HIDDEN:
+        for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+            for shape in ((hidden,), (1, hidden), (2, 3, hidden), (129, hidden)):
+                assert decide(shape, dtype).ok
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"mesh": jax.sharding.AbstractMesh((3,), ("tp",))}, "must have 2, 4 or 8 ranks.*got 3"),
+        ({"mesh": jax.sharding.AbstractMesh((1,), ("tp",))}, "must have 2, 4 or 8 ranks.*got 1"),
+        ({"dtype": jnp.float64}, "x must be bfloat16, float16 or float32, got float64"),
+        ({"shape": (1, 64)}, "D must be a multiple of 64 from 256 to 16384, got 64"),  # hazard 2
+        ({"shape": (1, 1000)}, "D must be a multiple of 64.*got 1000"),
+        ({"shape": (1, 32768)}, "D must be a multiple of 64.*got 32768"),
+        ({"shape": (0, 640)}, "no tokens"),
+        ({"shape": (30000, 5376)}, "above the workspace cap.*at most 24966 tokens"),
+        ({"manual_axes": frozenset({"tp"})}, r"mesh axes \['data'\] are not manual"),
+        ({"client": FakeClient(capability="8.0")}, "compute capability.*got 8.0"),
+        ({"client": FakeClient(kinds=("H100", "H200"))}, "devices must be alike, got H100, H200"),
+        ({"client": FakeClient(processes=(0, 0, 1, 1))}, "spans hosts or processes"),
+    ],
+)
+def test_reasons(nvlinked, arguments, reason):
+    decision = decide(**arguments)
+    assert not decision
+    assert decision.algorithm is None
+    assert re.search(reason, decision.reason), decision.reason
+
+
+def test_cpu_platform(mesh):
+    decision = fusion_support((1, 5376), jnp.bfloat16, mesh=mesh, axis_name="tp")
+    assert decision == support.Support(False, "platform is cpu, not CUDA")
+
+
+def test_not_built(monkeypatch):
+    monkeypatch.setattr(extension, "why_missing", lambda: "the extension was not built (no nvcc)")
+    assert decide().reason == "the extension was not built (no nvcc)"
+
+
+def test_no_nvlink(nvlinked):
+    """Hazard 26: bridged pairs or PCIe fall back with the reason."""
+    nvlinked.linked = False
+    assert "NVLink" in decide(client=FakeClient()).reason
+
+
+def test_switched_off(nvlinked, monkeypatch):
+    monkeypatch.setenv(support.DISABLE_VARIABLE, "1")
+    assert decide().reason == "switched off by JAX_GEMMA_ARF_DISABLE"
+    monkeypatch.setenv(support.DISABLE_VARIABLE, "0")
+    assert decide().ok
+
+
+def test_unknown_axis():
+    with pytest.raises(ValueError, match="axis_name must name axes of the mesh"):
+        fusion_support((1, 640), jnp.bfloat16, mesh=ABSTRACT, axis_name="model")
+    with pytest.raises(ValueError, match="x must have a last axis"):
+        fusion_support((), jnp.bfloat16, mesh=ABSTRACT, axis_name="tp")
+
+
+@pytest.mark.parametrize("axis_size", support.AXIS_SIZES)
+def test_algorithm_rule(axis_size):
+    """One-shot up to the documented bytes, two-shot from the next size on."""
+    limit = support.ONE_SHOT_MAX_BYTES[axis_size]
+    assert support.choose_algorithm(axis_size, 1) == "one_shot"
+    assert support.choose_algorithm(axis_size, limit) == "one_shot"
+    assert support.choose_algorithm(axis_size, limit + 1) == "two_shot"
+
+
+def test_replica_groups():
+    """Hazards 7 and 25: groups come from the mesh, whatever the order of its axes."""
+    data_tp = jax.sharding.AbstractMesh((2, 4), ("data", "tp"))
+    tp_data = jax.sharding.AbstractMesh((4, 2), ("tp", "data"))
+    cube = jax.sharding.AbstractMesh((2, 2, 2), ("a", "b", "c"))
+    for mesh, axis_name, groups in (
+        (data_tp, "tp", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (tp_data, "tp", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (cube, "b", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        (cube, ("a", "c"), [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    ):
+        np.testing.assert_array_equal(support.replica_groups(mesh, axis_name), groups)
