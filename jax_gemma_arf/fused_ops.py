@@ -38,9 +38,10 @@ def fused_post_ff(
     Numerics. The kernel sums the ranks in float32 in rank order 0..N-1 and rounds once to x.dtype;
     psum adds in x.dtype. Everything after the sum is float32, with one rounding, to residual.dtype,
     at the end. All ranks of a call hold identical bits, run after run. With 2 ranks the sum equals
-    psum's (but for the sign of a zero), and outputs differ from the psum implementation by at most
-    one unit in the last place of bfloat16 and float16; the order of the float32 mean differs. The
-    kernel's result for a token depends on neither the other tokens of the call nor their number.
+    psum's (but for the sign of a zero); only the order of the float32 mean differs, so bfloat16 and
+    float16 outputs are equal or one unit in the last place apart, except where the normed row and
+    the residual nearly cancel. The kernel's result for a token depends on neither the other tokens
+    of the call nor their number.
 
     Differentiable in reverse mode (the derivative is that of the psum implementation), and works
     under jit, scan, while_loop, remat and vmap, with check_vma on or off.

@@ -37,7 +37,7 @@ def kernels_in(trace_directory) -> list[str]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("tokens", [1, 2048])
+@pytest.mark.parametrize("tokens", [1, 4096])
 def test_one_launch_a_call(tmp_path, ranks, tokens):
     """The whole call is one kernel a rank, and nothing else runs on the device."""
     operands = make_inputs(Case((tokens,), 2816), ranks).operands()
@@ -58,7 +58,6 @@ def test_one_launch_a_call(tmp_path, ranks, tokens):
 def test_graph_replay(built, ranks, algorithm):
     """Hazards 13 and 28: captured once, replayed with other data; Execute neither allocates nor
     synchronises, or the capture would fail, and is not called again."""
-    case = Case((5,), 1536)
     length = 8
 
     @functools.partial(
@@ -90,18 +89,16 @@ def test_graph_replay(built, ranks, algorithm):
             atol=2**-5,
         )
 
-    del case
     for seed in range(4):  # eager, captured, updated
         run(seed)
-    before = built.enqueued_launches()
     operands = [jnp.asarray(a) for a in make_inputs(Case((5,), 1536), ranks).operands()]
     first = np.asarray(chain(*operands))
-    again = built.enqueued_launches()
+    before = built.enqueued_launches()
     for _ in range(20):
         out = np.asarray(chain(*operands))
         np.testing.assert_array_equal(out.view(np.uint8), first.view(np.uint8))
-    assert built.enqueued_launches() - again < 20 * ranks * length, "never replayed"
-    assert again >= before
+    # Captured again only where XLA gave a buffer another address.
+    assert built.enqueued_launches() - before <= 5 * ranks * length
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -90,7 +90,7 @@ def test_attributes(cpus, shape, axes, groups):
 
 
 def test_two_shot_above_the_limit(mesh):
-    assert 'algorithm = "two_shot"' in lowered(mesh, shape=(4096, 5376))
+    assert 'algorithm = "two_shot"' in lowered(mesh, shape=(2048, 5376))
 
 
 def test_partly_manual_mesh_falls_back(cpus):

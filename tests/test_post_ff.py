@@ -68,7 +68,8 @@ def test_runs_are_identical(runner):
 
 
 def test_two_ranks_sum_as_psum_does(runner):
-    """At N = 2 the sum is psum's; outputs are equal or one unit in the last place apart."""
+    """At N = 2 the sum is psum's; outputs are equal or one unit in the last place apart, but where
+    normed row and residual cancel, and the float32 rounding of the terms shows."""
     if runner.ranks != 2:
         pytest.skip("needs 2 ranks, the promise is for N = 2")
     for dtype in (BF16, F16):
@@ -77,8 +78,10 @@ def test_two_ranks_sum_as_psum_does(runner):
         psum = XLA[0].run(case, inputs, jax.devices("cpu")[:2])[0]
         out = runner.run(case, inputs)[0]
         steps = np.abs(_ordered(out) - _ordered(psum))
-        assert steps.max() <= 1
+        cancelled = np.abs(out.astype(F32)) < 2**-6 * np.abs(inputs.residual.astype(F32))
+        assert steps[~cancelled].max() <= 1
         assert (steps == 0).mean() > 0.98
+        assert cancelled.mean() < 0.02
 
 
 def test_batch_invariant(runner):
