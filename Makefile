@@ -1,4 +1,4 @@
-# make demo and make test set up .venv by themselves; everything else builds on them.
+# Every target sets up .venv first; make demo and make test are where to start.
 PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,8 +29,10 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 lint: setup
-	$(BIN)/python -m pip install --quiet pre-commit pyright
-	$(BIN)/pre-commit run --all-files
+	$(BIN)/python -m pip install --quiet --group dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(wildcard ffi/*)
 	$(BIN)/pyright
 
 wheel: setup

@@ -10,6 +10,7 @@ import argparse
 import functools
 import statistics
 import time
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,7 @@ def timed(call, *operands, chain: int, repeats: int = 15, runs: int = 5) -> tupl
     samples = []
     for _ in range(repeats):
         start = time.perf_counter()
-        for _ in range(runs):
-            out = call(*operands)
-        jax.block_until_ready(out)
+        jax.block_until_ready([call(*operands) for _ in range(runs)])
         samples.append((time.perf_counter() - start) / (runs * chain) * 1e6)
     low, middle, high = statistics.quantiles(samples, n=4)
     return middle, (high - low) / 2
@@ -65,7 +64,7 @@ def loopback_chain(algorithm: str | None, chain: int, max_ctas: int = 0):
     return run
 
 
-def mesh_chain(mesh: jax.sharding.Mesh, implementation: str, chain: int):
+def mesh_chain(mesh: jax.sharding.Mesh, implementation: Literal["cuda", "xla"], chain: int):
     """As loopback_chain, over a mesh: no link's sum can be shared or hoisted."""
 
     def local(x, *others):
@@ -111,9 +110,7 @@ def loopback(ranks: int, hidden: int, tokens: int, chain: int) -> dict[str, tupl
 def mesh(ranks: int, hidden: int, tokens: int, chain: int) -> dict[str, tuple[float, float]]:
     """psum + tail, and both algorithms, over `ranks` GPUs."""
     devices = jax.devices()[:ranks]
-    tp = jax.make_mesh(
-        (ranks,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
-    )
+    tp = jax.make_mesh((ranks,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
     operands = [
         jax.device_put(a, jax.NamedSharding(tp, P("tp") if i == 0 else P()))
         for i, a in enumerate(inputs(ranks, tokens, hidden))
@@ -133,7 +130,7 @@ def mesh(ranks: int, hidden: int, tokens: int, chain: int) -> dict[str, tuple[fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times fused_post_ff against psum.")
     parser.add_argument("--mode", choices=("loopback", "mesh"), default="loopback")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--hidden", type=int, nargs="+", default=[5376])
@@ -146,7 +143,8 @@ def main() -> None:
             measure = loopback if arguments.mode == "loopback" else mesh
             results = measure(arguments.ranks, hidden, tokens, arguments.chain)
             columns = "  ".join(
-                f"{name} {middle:8.2f} +-{spread:5.2f}" for name, (middle, spread) in results.items()
+                f"{name} {middle:8.2f} +-{spread:5.2f}"
+                for name, (middle, spread) in results.items()
             )
             print(f"N {arguments.ranks} D {hidden:5} tokens {tokens:5}: {columns}", flush=True)
 

@@ -1,7 +1,8 @@
 // XLA FFI stages. Instantiate reads the attributes. Prepare asks XLA for the replica group's
-// communicator, whose acquisition lines the ranks up. Initialize, which XLA calls at every run, finds
-// the workspace, and creates it at the first. Execute enqueues kernels, which XLA may capture into a
-// CUDA graph: it neither allocates nor synchronises, and all state between calls is on the device.
+// communicator, whose acquisition lines the ranks up. Initialize, which XLA calls at every run,
+// finds the workspace, and creates it at the first. Execute enqueues kernels, which XLA may capture
+// into a CUDA graph: it neither allocates nor synchronises, and all state between calls is on the
+// device.
 #include "handler.h"
 
 #include <algorithm>
@@ -266,9 +267,8 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const AnyBuffer&
 }
 
 // The external flavour of XLA's collectives extension. The struct only ever grows at its end.
-struct Collectives
-    : ffi::internal::CollectivesExtensionBase<
-          ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy>> {
+struct Collectives : ffi::internal::CollectivesExtensionBase<
+                         ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy>> {
   static bool Support(int32_t major, int32_t minor) { return major == 0 && minor >= 1; }
 };
 
@@ -281,16 +281,15 @@ Error PrepareMesh(ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPol
                                          kCommunicationId);
 }
 
-Error InitializeMesh(
-    cudaStream_t stream, int32_t device,
-    ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy> collectives, Call* call,
-    AnyBuffer x, ffi::RemainingArgs) {
+Error InitializeMesh(cudaStream_t stream, int32_t device,
+                     ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy> collectives,
+                     Call* call, AnyBuffer x, ffi::RemainingArgs) {
   if (call->FindReady(device) != nullptr) return Error::Success();
   const ScopedDevice scope(stream);
   if (Error error = scope.status(); error.failure()) return error;
 
-  auto communicator = collectives.GetCommunicator(ffi::GroupMode::kFlattenedId, call->groups,
-                                                  kCommunicationId);
+  auto communicator =
+      collectives.GetCommunicator(ffi::GroupMode::kFlattenedId, call->groups, kCommunicationId);
   if (communicator.has_error()) return communicator.error();
   ErrorOr<CommunicatorInfo> info = DescribeCommunicator(*communicator);
   if (info.has_error()) return info.error();
@@ -367,13 +366,17 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x, AnyB
     const RankWorkspace& workspace = *parts.ranks[i];
     const cudaStream_t own = i == 0 ? stream : parts.streams[i - 1];
     if (error == cudaSuccess && i > 0) error = cudaStreamWaitEvent(own, parts.fork);
-    Launch launch{message->kind,      workspace.rank(),  message->tokens,
-                  message->hidden,    ready->max_ctas,   workspace.table(),
-                  static_cast<const char*>(x.untyped_data()) + i * message->bytes,
-                  {*residual_operand, *scale_operand, layer_scalar,
-                   static_cast<char*>(out->untyped_data()) +
-                       i * elements * ItemSize(out_operand->dtype),
-                   call->eps, call->scale_offset}};
+    Launch launch{
+        message->kind,
+        workspace.rank(),
+        message->tokens,
+        message->hidden,
+        ready->max_ctas,
+        workspace.table(),
+        static_cast<const char*>(x.untyped_data()) + i * message->bytes,
+        {*residual_operand, *scale_operand, layer_scalar,
+         static_cast<char*>(out->untyped_data()) + i * elements * ItemSize(out_operand->dtype),
+         call->eps, call->scale_offset}};
     if (error == cudaSuccess) error = Enqueue(launch, own);
     if (error == cudaSuccess) enqueued.fetch_add(1, std::memory_order_relaxed);
     if (error == cudaSuccess && i > 0) error = cudaEventRecord(parts.joins[i - 1], own);

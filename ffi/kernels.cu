@@ -150,8 +150,8 @@ cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int* ctas) {
     return error;
   }
   int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, KernelOf(kind),
-                                                                    shape.threads, 0);
+  cudaError_t error =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, KernelOf(kind), shape.threads, 0);
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);

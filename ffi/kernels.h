@@ -11,8 +11,8 @@ enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline int ItemSize(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// kOneShot: every rank pushes its whole input to every peer (Lamport, no barrier). kTwoShot: reduce-
-// scatter, then all-gather, between barriers.
+// kOneShot: every rank pushes its whole input to every peer (Lamport, no barrier). kTwoShot:
+// reduce- scatter, then all-gather, between barriers.
 enum class Algorithm : int32_t { kOneShot = 0, kTwoShot = 1 };
 
 // One class of kernel: everything that selects an instantiation.
@@ -54,8 +54,8 @@ inline constexpr int kMaxCtas = 256;
 // Enqueues exactly one kernel. Neither allocates nor synchronises, so it can be captured.
 cudaError_t Enqueue(const Launch& launch, cudaStream_t stream);
 
-// Loads every kernel for partial sums of `dtype` on the current device. CUDA otherwise loads a kernel
-// at its first launch, which can need a device on which a peer's kernel already spins.
+// Loads every kernel for partial sums of `dtype` on the current device. CUDA otherwise loads a
+// kernel at its first launch, which can need a device on which a peer's kernel already spins.
 cudaError_t Preload(Dtype dtype);
 
 // How many blocks of this kernel, for rows of `hidden` elements, the current device holds at once.

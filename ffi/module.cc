@@ -45,7 +45,8 @@ nb::dict TypeRegistrations() {
   return types;
 }
 
-// [i][j]: whether device i reaches device j's memory over NVLink. PCIe peers have no native atomics.
+// [i][j]: whether device i reaches device j's memory over NVLink. PCIe peers have no native
+// atomics.
 std::vector<std::vector<bool>> NvlinkPeers() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;

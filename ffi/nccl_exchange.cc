@@ -18,7 +18,8 @@ using ::xla::ffi::Unexpected;
 // How long a rank waits for its peers while a workspace is created.
 constexpr std::chrono::seconds kDeadline{60};
 
-// The few NCCL functions used, from the library that XLA has loaded; this one links none of its own.
+// The few NCCL functions used, from the library that XLA has loaded; this one links none of its
+// own.
 struct Nccl {
   static constexpr int kSuccess = 0, kInProgress = 7, kInt8 = 0;
   int (*comm_count)(void*, int*);
@@ -117,8 +118,8 @@ Error NcclExchange::AllGather(const std::vector<PeerRecord>& mine, std::vector<P
   }
   all->resize(size_);
   if (error == cudaSuccess) {
-    error = cudaMemcpyAsync(all->data(), buffer + bytes, size_ * bytes, cudaMemcpyDeviceToHost,
-                            stream);
+    error =
+        cudaMemcpyAsync(all->data(), buffer + bytes, size_ * bytes, cudaMemcpyDeviceToHost, stream);
   }
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   if (error != cudaSuccess) return CudaError(error, "exchanging peer addresses");

@@ -26,10 +26,11 @@ std::string Describe(cudaError_t error, const std::string& what) {
 Error Vote(const std::vector<PeerRecord>& records) {
   for (size_t rank = 0; rank < records.size(); ++rank) {
     if (records[rank].failure[0] == '\0') continue;
-    return Error::Internal("jax_gemma_arf: the workspace of this replica group could not be created: "
-                           "rank " + std::to_string(rank) + " of " +
-                           std::to_string(records.size()) + " (CUDA device " +
-                           std::to_string(records[rank].device) + "): " + records[rank].failure);
+    return Error::Internal(
+        "jax_gemma_arf: the workspace of this replica group could not be created: "
+        "rank " +
+        std::to_string(rank) + " of " + std::to_string(records.size()) + " (CUDA device " +
+        std::to_string(records[rank].device) + "): " + records[rank].failure);
   }
   return Error::Success();
 }
@@ -87,9 +88,9 @@ std::string RankWorkspace::Allocate(cudaStream_t stream, PeerRecord* record) {
     failure = Describe(cudaMemsetAsync(base_, 0, layout.total, stream), "cudaMemsetAsync");
   }
   if (failure.empty() && layout.generation > 0) {
-    failure = Describe(FillNegativeZero(base_ + layout.data, 3 * layout.generation,
-                                        spec_.item_size, stream),
-                       "filling the Lamport buffers");
+    failure = Describe(
+        FillNegativeZero(base_ + layout.data, 3 * layout.generation, spec_.item_size, stream),
+        "filling the Lamport buffers");
     const int32_t control[5] = {0, 0, 0, static_cast<int32_t>(layout.generation), 0};
     if (failure.empty()) {
       failure = Describe(cudaMemcpyAsync(base_ + layout.control, control, sizeof(control),
@@ -97,7 +98,8 @@ std::string RankWorkspace::Allocate(cudaStream_t stream, PeerRecord* record) {
                          "writing the control block");
     }
   }
-  if (failure.empty()) failure = Describe(cudaStreamSynchronize(stream), "initialising the workspace");
+  if (failure.empty())
+    failure = Describe(cudaStreamSynchronize(stream), "initialising the workspace");
   record->base = base_;
   return failure;
 }
@@ -135,7 +137,8 @@ std::string RankWorkspace::Connect(cudaStream_t stream, const std::vector<PeerRe
       Describe(cudaMemcpyAsync(base_ + layout.table, table.data(), table.size() * sizeof(void*),
                                cudaMemcpyHostToDevice, stream),
                "writing the pointer table");
-  if (failure.empty()) failure = Describe(cudaStreamSynchronize(stream), "connecting the workspace");
+  if (failure.empty())
+    failure = Describe(cudaStreamSynchronize(stream), "connecting the workspace");
   return failure;
 }
 
@@ -147,10 +150,10 @@ ErrorOr<std::vector<std::unique_ptr<RankWorkspace>>> CreateWorkspace(const Works
 
   // A stream that does not wait for the legacy default stream, on which others may be working.
   cudaStream_t stream = nullptr;
-  const std::string no_stream = Describe(
-      cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-  const std::unique_ptr<CUstream_st, decltype(&cudaStreamDestroy)> stream_owner(
-      stream, &cudaStreamDestroy);
+  const std::string no_stream = Describe(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+                                         "cudaStreamCreateWithFlags");
+  const std::unique_ptr<CUstream_st, decltype(&cudaStreamDestroy)> stream_owner(stream,
+                                                                                &cudaStreamDestroy);
 
   for (size_t i = 0; i < ranks.size(); ++i) {
     parts.push_back(std::unique_ptr<RankWorkspace>(new RankWorkspace(spec, ranks[i])));

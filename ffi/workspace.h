@@ -27,8 +27,9 @@ inline constexpr int64_t kMaxLamportBytes = int64_t{512} << 20;
 struct WorkspaceSpec {
   Algorithm algorithm;
   int nranks;
-  int item_size;           // 2 or 4: the -0.0 that fills a Lamport buffer depends on it
-  int64_t capacity_bytes;  // of one message; a power of two, so that few workspaces serve many sizes
+  int item_size;  // 2 or 4: the -0.0 that fills a Lamport buffer depends on it
+  int64_t
+      capacity_bytes;  // of one message; a power of two, so that few workspaces serve many sizes
 
   // The size class for a message, or an error with the numbers if it is above the cap.
   static xla::ffi::ErrorOr<WorkspaceSpec> For(const KernelKind& kind, int64_t message_bytes);
@@ -41,11 +42,11 @@ struct WorkspaceSpec {
 struct WorkspaceLayout {
   explicit WorkspaceLayout(const WorkspaceSpec& spec);
 
-  int64_t control = 0;      // int32[5]: arrivals, barrier flag, Lamport index, its size, to clear
-  int64_t flags;            // barrier flags: int32[kMaxCtas][nranks]
-  int64_t data;             // two-shot: partial sums, then reduced rows; one-shot: 3 generations
-  int64_t generation = 0;   // bytes of one Lamport generation; 0 for two-shot
-  int64_t table;            // this rank's table of pointers, void*[3 * nranks + 1]
+  int64_t control = 0;     // int32[5]: arrivals, barrier flag, Lamport index, its size, to clear
+  int64_t flags;           // barrier flags: int32[kMaxCtas][nranks]
+  int64_t data;            // two-shot: partial sums, then reduced rows; one-shot: 3 generations
+  int64_t generation = 0;  // bytes of one Lamport generation; 0 for two-shot
+  int64_t table;           // this rank's table of pointers, void*[3 * nranks + 1]
   int64_t total;
 };
 

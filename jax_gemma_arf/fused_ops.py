@@ -33,7 +33,7 @@ def fused_post_ff(
 
     Norm, then add: Gemma's order, not Llama's. On NVLinked CUDA devices this is one launch of
     FlashInfer's all-reduce with a Gemma epilogue; anywhere else it is psum and the same arithmetic,
-    and the reason is logged once at level INFO by the logger ``jax_gemma_arf``.
+    and the reason is logged once by the logger ``jax_gemma_arf`` (WARNING on CUDA, INFO elsewhere).
 
     Numerics. The kernel sums the ranks in float32 in rank order 0..N-1 and rounds once to x.dtype;
     psum adds in x.dtype. Everything after the sum is float32, with one rounding, to residual.dtype,
@@ -73,7 +73,7 @@ def fused_post_ff(
     x, residual, norm_scale = jnp.asarray(x), jnp.asarray(residual), jnp.asarray(norm_scale)
     operands = (x, residual, norm_scale)
     if layer_scalar is not None:
-        operands += (jnp.asarray(layer_scalar),)
+        operands += (_as_array(layer_scalar),)
     eps, scale_offset = _check_number("eps", eps), _check_number("scale_offset", scale_offset)
     if eps <= 0:
         raise ValueError(f"eps must be positive, got {eps}")
@@ -110,8 +110,8 @@ def down_proj_post_ff(
 ) -> jax.Array:
     """Down-projection and :func:`fused_post_ff`, for code that is not inside ``jax.shard_map``.
 
-    Opens a shard_map over all axes of the mesh (on a partly manual one XLA gathers the operands of a
-    custom call over the others), multiplies this rank's slices, and reduces in the fused tail.
+    Opens a shard_map over all axes of the mesh (on a partly manual one XLA gathers the operands of
+    a custom call over the others), multiplies this rank's slices, and reduces in the fused tail.
 
     Args:
       activations: [..., F], sharded over axis_name along F.
@@ -121,16 +121,16 @@ def down_proj_post_ff(
       layer_scalar: () or (1,), or None for 1.
       mesh: the mesh.
       axis_name: its axis (or axes) of tensor parallelism.
-      token_spec: how the leading axes of activations and residual are sharded over the other axes of
-        the mesh, such as P("data"). None: as residual's type says if the mesh is Explicit, else not
-        at all; operands that are sharded otherwise are gathered.
+      token_spec: how the leading axes of activations and residual are sharded over the other axes
+        of the mesh, such as P("data"). None: as residual's type says if the mesh is Explicit, else
+        not at all; operands that are sharded otherwise are gathered.
       eps, scale_offset, implementation: as in fused_post_ff.
 
     Returns:
       [..., D], residual.dtype, sharded as residual.
 
     Raises:
-      ValueError, TypeError: at trace time, as fused_post_ff; also if F is not divisible by the axis.
+      ValueError, TypeError: at trace time, as fused_post_ff; also if the axis does not divide F.
     """
     names = axis_names(axis_name)
     for name in names:
@@ -187,7 +187,7 @@ def down_proj_post_ff(
         PartitionSpec(),
     ]
     if layer_scalar is not None:
-        operands.append(jnp.asarray(layer_scalar))
+        operands.append(_as_array(layer_scalar))
         in_specs.append(PartitionSpec())
     return jax.shard_map(
         local, mesh=mesh, in_specs=tuple(in_specs), out_specs=PartitionSpec(*tokens, None)
@@ -199,6 +199,11 @@ def _token_spec(residual: jax.Array, mesh: jax.sharding.Mesh) -> PartitionSpec:
     if all(kind == AxisType.Explicit for kind in mesh.axis_types):
         return PartitionSpec(*jax.typeof(residual).sharding.spec[:-1])
     return PartitionSpec()
+
+
+def _as_array(layer_scalar: jax.Array | float) -> jax.Array:
+    """A Python number becomes float32, also where JAX's default is float64."""
+    return jnp.asarray(layer_scalar, jnp.float32 if isinstance(layer_scalar, int | float) else None)
 
 
 def _check_number(name: str, value: float) -> float:
@@ -228,7 +233,9 @@ def _check_operands(x, residual, norm_scale, layer_scalar=None) -> None:
     named = {"x": x, "residual": residual, "norm_scale": norm_scale}
     if layer_scalar is not None:
         if layer_scalar.shape not in ((), (1,)):
-            raise ValueError(f"layer_scalar must have the shape () or (1,), got {layer_scalar.shape}")
+            raise ValueError(
+                f"layer_scalar must have the shape () or (1,), got {layer_scalar.shape}"
+            )
         named["layer_scalar"] = layer_scalar
     for name, operand in named.items():
         if operand.dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""The primitive behind fused_post_ff: its type, its derivative, its batching, and its lowering to one
+"""The primitive behind fused_post_ff: its type, derivative and batching, and its lowering to one
 FFI call on CUDA or to the reference anywhere else."""
 
 import functools
@@ -41,9 +41,7 @@ def ffi_attributes(
 @post_ff_p.def_abstract_eval
 def _abstract_eval(x, residual, *scales, axis_name, **_):
     # As psum: what was varying or unreduced over axis_name is replicated afterwards.
-    varying = frozenset().union(
-        *(aval.manual_axis_type.varying for aval in (x, residual, *scales))
-    )
+    varying = frozenset().union(*(aval.manual_axis_type.varying for aval in (x, residual, *scales)))
     return residual.update(
         weak_type=False,
         manual_axis_type=residual.manual_axis_type.update(varying=varying - set(axis_name)),
@@ -55,26 +53,28 @@ def _reference(*operands, axis_name, eps, scale_offset, implementation=None):
     return reference_post_ff(*operands, axis_name=axis_name, eps=eps, scale_offset=scale_offset)
 
 
-def _lower_to_reference(ctx, *operands, reason: str, **params):
+def _lower_to_reference(ctx, *operands, reason: str, level: int = logging.INFO, **params):
     if params["implementation"] == "cuda":
         raise NotImplementedError(
             f'implementation="cuda" was asked for, but the kernel cannot run: {reason}'
         )
-    _log_fallback(reason)
+    _log_fallback(reason, level)
     return mlir.lower_fun(functools.partial(_reference, **params), multiple_results=False)(
         ctx, *operands
     )
 
 
 @functools.cache
-def _log_fallback(reason: str) -> None:
+def _log_fallback(reason: str, level: int) -> None:
     """Says once per reason that calls run as psum."""
-    logger.info("fused_post_ff runs as psum + tail: %s", reason)
+    logger.log(level, "fused_post_ff runs as psum + tail: %s", reason)
 
 
 def _default_lowering(ctx, *operands, **params):
     platforms = ", ".join(ctx.module_context.platforms)
-    return _lower_to_reference(ctx, *operands, reason=f"platform is {platforms}, not CUDA", **params)
+    return _lower_to_reference(
+        ctx, *operands, reason=f"platform is {platforms}, not CUDA", **params
+    )
 
 
 def _cuda_lowering(ctx, *operands, axis_name, eps, scale_offset, implementation):
@@ -97,11 +97,13 @@ def _cuda_lowering(ctx, *operands, axis_name, eps, scale_offset, implementation)
             ctx,
             *operands,
             reason=decision.reason,
+            level=logging.WARNING,  # on CUDA it costs time that the caller may not expect to pay
             axis_name=axis_name,
             eps=eps,
             scale_offset=scale_offset,
             implementation=implementation,
         )
+    assert decision.algorithm is not None
     extension.load()
     attributes = ffi_attributes(
         decision.algorithm, support.replica_groups(context.mesh, axis_name), eps, scale_offset

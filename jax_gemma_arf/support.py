@@ -7,9 +7,10 @@ the same client, so device facts are those of all the client's devices, not only
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,9 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 #: Bytes of x on one rank. Above it FlashInfer's int32 indices and the workspace grow too large.
 MAX_MESSAGE_BYTES = 256 << 20
 #: Bytes of x on one rank up to which one-shot is used, by axis size. One-shot pushes N - 1 messages
-#: and has no barrier; two-shot moves 2 (N - 1) / N messages between barriers of about 7 us together.
-#: N = 2, measured on two H100s: one-shot is the faster at every size, by 5% from 10 MiB on, where its
-#: three Lamport generations of N messages each would take three times two-shot's memory. N = 4 and 8,
+#: and has no barrier; two-shot moves 2 (N - 1) / N messages between barriers of 7 us together.
+#: N = 2, measured on two H100s: one-shot is the faster at every size, but by only 5% from 10 MiB,
+#: where its three Lamport generations of N messages take three times two-shot's memory. N = 4, 8,
 #: not measured: where the wire time saved, at 320 GB/s, is worth the barriers.
 ONE_SHOT_MAX_BYTES = {2: 16 << 20, 4: 1 << 20, 8: 512 << 10}
 #: Architectures that the extension holds code for: Hopper and datacenter Blackwell.
@@ -89,8 +90,7 @@ def replica_groups(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axis_nam
     names = axis_names(axis_name)
     ids = np.arange(mesh.size, dtype=np.int64).reshape(mesh.axis_sizes)
     axes = [mesh.axis_names.index(name) for name in names]
-    size = math.prod(mesh.shape[name] for name in names)
-    return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, size)
+    return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, _axis_size(mesh, names))
 
 
 def choose_algorithm(axis_size: int, message_bytes: int) -> str:
@@ -110,7 +110,7 @@ def fusion_support(
     Args:
       x_shape: [..., D], the shape of x on one rank, as inside jax.shard_map.
       dtype: x's dtype.
-      mesh: the mesh. For an AbstractMesh, whose devices are unknown, only what is static is checked.
+      mesh: the mesh. An AbstractMesh has no devices, so only what is static is checked.
       axis_name: the mesh axis (or axes) of tensor parallelism.
 
     Returns:
@@ -121,13 +121,13 @@ def fusion_support(
     """
     missing = [name for name in axis_names(axis_name) if name not in mesh.axis_names]
     if missing:
-        raise ValueError(f"axis_name must name axes of the mesh {mesh.axis_names}, got {axis_name!r}")
+        raise ValueError(
+            f"axis_name must name axes of the mesh {mesh.axis_names}, got {axis_name!r}"
+        )
     if len(x_shape) == 0:
         raise ValueError("x must have a last axis of D elements, got the shape ()")
     client = mesh.devices.flat[0].client if isinstance(mesh, jax.sharding.Mesh) else None
-    return decide(
-        tuple(x_shape), jnp.dtype(dtype), mesh=mesh, axis_name=axis_name, client=client
-    )
+    return decide(tuple(x_shape), jnp.dtype(dtype), mesh=mesh, axis_name=axis_name, client=client)
 
 
 def decide(
@@ -146,66 +146,74 @@ def decide(
         lowering for CUDA on a machine without it: then the devices are not checked.
       manual_axes: the mesh axes that are manual; None for all.
     """
+    objections = itertools.chain(
+        _static_objections(x_shape, dtype, mesh, axis_name, manual_axes),
+        _machine_objections(mesh, axis_name, client),
+    )
+    reason = next(objections, None)
+    if reason is not None:
+        return Support(False, reason)
+    size = _axis_size(mesh, axis_name)
+    algorithm = choose_algorithm(size, math.prod(x_shape) * dtype.itemsize)
+    return Support(True, f"one {algorithm.replace('_', '-')} launch over {size} ranks", algorithm)
+
+
+def _static_objections(x_shape, dtype, mesh, axis_name, manual_axes) -> Iterator[str]:
+    """What speaks against the kernel wherever the call runs."""
     hidden = x_shape[-1]
     message_bytes = math.prod(x_shape) * dtype.itemsize
-    axis_size = math.prod(mesh.shape[name] for name in axis_names(axis_name))
-
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
-        return Support(False, f"switched off by {DISABLE_VARIABLE}")
-    if axis_size not in AXIS_SIZES:
-        return Support(
-            False, f"axis {axis_name!r} must have 2, 4 or 8 ranks for the kernel, got {axis_size}"
-        )
+        yield f"switched off by {DISABLE_VARIABLE}"
+    if (size := _axis_size(mesh, axis_name)) not in AXIS_SIZES:
+        yield f"axis {axis_name!r} must have 2, 4 or 8 ranks for the kernel, got {size}"
     if dtype not in DTYPES:
-        return Support(False, f"x must be bfloat16, float16 or float32, got {dtype}")
+        yield f"x must be bfloat16, float16 or float32, got {dtype}"
     if hidden % 64 != 0 or not 256 <= hidden <= 16384:
-        return Support(False, f"D must be a multiple of 64 from 256 to 16384, got {hidden}")
+        yield f"D must be a multiple of 64 from 256 to 16384, got {hidden}"
     if message_bytes == 0:
-        return Support(False, f"x of shape {x_shape} has no tokens")
+        yield f"x of shape {x_shape} has no tokens"
     if message_bytes > MAX_MESSAGE_BYTES:
-        return Support(
-            False,
+        tokens = MAX_MESSAGE_BYTES // (hidden * dtype.itemsize)
+        yield (
             f"x has {message_bytes} bytes on a rank, above the workspace cap of "
-            f"{MAX_MESSAGE_BYTES}; use at most {MAX_MESSAGE_BYTES // (hidden * dtype.itemsize)} "
-            "tokens a call",
+            f"{MAX_MESSAGE_BYTES}; use at most {tokens} tokens a call"
         )
-    not_manual = [
-        name
-        for name, size in mesh.shape.items()
-        if manual_axes is not None and size > 1 and name not in manual_axes
-    ]
-    if not_manual:
-        return Support(
-            False,
-            f"mesh axes {not_manual} are not manual, so XLA would gather the operands over them; "
-            "make jax.shard_map manual over all axes of the mesh",
+    manual = set(mesh.axis_names) if manual_axes is None else manual_axes
+    others = [name for name, size in mesh.shape.items() if size > 1 and name not in manual]
+    if others:
+        yield (
+            f"mesh axes {others} are not manual, so XLA would gather the operands over them; "
+            "make jax.shard_map manual over all axes of the mesh"
         )
-    if client is not None and device_facts(client).platform != "gpu":
-        return Support(False, f"platform is {device_facts(client).platform}, not CUDA")
+
+
+def _machine_objections(mesh, axis_name, client) -> Iterator[str]:
+    """What speaks against it on these devices, with this installation."""
+    facts = None if client is None else device_facts(client)
+    if facts is not None and facts.platform != "gpu":
+        yield f"platform is {facts.platform}, not CUDA"
     if (missing := extension.why_missing()) is not None:
-        return Support(False, missing)
-    if client is not None:
-        facts = device_facts(client)
-        if not set(facts.compute_capabilities) <= set(COMPUTE_CAPABILITIES):
-            return Support(
-                False,
-                f"compute capability must be one of {', '.join(COMPUTE_CAPABILITIES)} on all "
-                f"devices, got {', '.join(facts.compute_capabilities)}",
-            )
-        if len(facts.kinds) > 1:
-            return Support(False, f"devices must be alike, got {', '.join(facts.kinds)}")
-        if not _within_processes(mesh, axis_name, client):
-            return Support(
-                False,
-                f"axis {axis_name!r} spans hosts or processes; the kernel needs each replica group "
-                "inside one process",
-            )
-        if not facts.nvlinked:
-            return Support(
-                False, "not every pair of GPUs has NVLink peer access (nvidia-smi topo -m)"
-            )
-    algorithm = choose_algorithm(axis_size, message_bytes)
-    return Support(True, f"one {algorithm.replace('_', '-')} launch over {axis_size} ranks", algorithm)
+        yield missing
+    if facts is None:
+        return
+    if not set(facts.compute_capabilities) <= set(COMPUTE_CAPABILITIES):
+        yield (
+            f"compute capability must be one of {', '.join(COMPUTE_CAPABILITIES)} on all "
+            f"devices, got {', '.join(facts.compute_capabilities)}"
+        )
+    if len(facts.kinds) > 1:
+        yield f"devices must be alike, got {', '.join(facts.kinds)}"
+    if not _within_processes(mesh, axis_name, client):
+        yield (
+            f"axis {axis_name!r} spans hosts or processes; the kernel needs each replica group "
+            "inside one process"
+        )
+    if not facts.nvlinked:
+        yield "not every pair of GPUs has NVLink peer access (nvidia-smi topo -m)"
+
+
+def _axis_size(mesh, axis_name: AxisName) -> int:
+    return math.prod(mesh.shape[name] for name in axis_names(axis_name))
 
 
 def _within_processes(mesh, axis_name: AxisName, client) -> bool:

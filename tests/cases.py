@@ -7,6 +7,9 @@ is derived from the numerics contract (see `bound`), not tuned.
 import dataclasses
 import math
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -158,10 +161,6 @@ def oracle_float64(case: Case, inputs: Inputs) -> np.ndarray:
 
 def oracle_flax(case: Case, inputs: Inputs) -> np.ndarray:
     """The same from Flax's RMSNorm in float32."""
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
     with jax.default_device(jax.devices("cpu")[0]):
         scale = case.scale_offset + inputs.norm_scale.astype(np.float32)
         normed = nn.RMSNorm(epsilon=case.eps, dtype=jnp.float32).apply(
@@ -217,8 +216,8 @@ def assert_matches(
         same = (out == rounded) | (np.isnan(out) & np.isnan(rounded))
         wrong = ~(same | (np.abs(out - expected) <= allowed))
     if wrong.any():
-        first = tuple(int(i[0]) for i in np.nonzero(wrong))
+        at = tuple(int(i[0]) for i in np.nonzero(wrong))
         raise AssertionError(
-            f"{case}: {int(wrong.sum())} of {math.prod(out.shape)} elements off; at {first} got "
-            f"{out[first]!r}, expected {expected[first]!r} within {np.broadcast_to(allowed, out.shape)[first]:.3g}"
+            f"{case}: {int(wrong.sum())} of {math.prod(out.shape)} elements off; at {at} got "
+            f"{out[at]!r}, expected {expected[at]!r} within {allowed[at]:.3g}"
         )

@@ -1,8 +1,10 @@
-"""Eight virtual CPU devices for every test, and skips that say what was needed and what was found."""
+"""Eight virtual CPU devices, and skips that say what a test needs and what was found."""
 
 import jax
 import pytest
 from runners import make_mesh
+
+from jax_gemma_arf import extension
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -30,8 +32,6 @@ def require_gpus():
 @pytest.fixture
 def built():
     """The extension, or a skip that says why there is none."""
-    from jax_gemma_arf import extension
-
     if extension.load() is None:
         pytest.skip(f"needs the extension: {extension.why_missing()}")
     return extension.load()

@@ -62,9 +62,7 @@ def run_loopback(algorithm: str, case: Case, inputs: Inputs, devices) -> np.ndar
     return np.asarray(jax.jit(call)(*jax.device_put(inputs.operands(), devices[0])))
 
 
-XLA = [
-    Runner("xla", n, 0, n == 2, functools.partial(run_mesh, "xla")) for n in (2, 4, 8)
-]
+XLA = [Runner("xla", n, 0, n == 2, functools.partial(run_mesh, "xla")) for n in (2, 4, 8)]
 LOOPBACK = [
     Runner(f"loopback_{algorithm}", n, 1, True, functools.partial(run_loopback, algorithm))
     for n in (2, 4, 8)

@@ -1,5 +1,5 @@
-"""Bad input: a ValueError or TypeError at trace time that names the argument, what must hold and what
-came."""
+"""Bad input: a ValueError or TypeError at trace time that names the argument, what must hold and
+what came."""
 
 import functools
 
@@ -102,16 +102,23 @@ BAD = {
         r"axis_name must name manual axes of the mesh, which are \['tp'\] here, got 'model'",
     ),
     "axis_empty": ({"axis_name": ()}, ValueError, "axis_name must be one axis or several"),
-    "axis_twice": ({"axis_name": ("tp", "tp")}, ValueError, "axis_name must be one axis or several"),
+    "axis_twice": (
+        {"axis_name": ("tp", "tp")},
+        ValueError,
+        "axis_name must be one axis or several",
+    ),
     "implementation": (
         {"implementation": "triton"},
         ValueError,
-        "implementation must be \"cuda\", \"xla\" or None, got 'triton'",
+        'implementation must be "cuda", "xla" or None, got \'triton\'',
     ),
 }
 
 
-def trace(mesh, *, x_spec=P("tp"), residual_spec=P(), **arguments):
+REPLICATED, PER_RANK = P(), P("tp")
+
+
+def trace(mesh, *, x_spec=PER_RANK, residual_spec=REPLICATED, **arguments):
     """Traces one call without running it. x has a leading axis of ranks."""
     arguments = GOOD | arguments
     operands = [arguments.pop(name) for name in ("x", "residual", "norm_scale", "layer_scalar")]
@@ -143,7 +150,7 @@ def test_traced_eps(mesh):
 
 
 def test_outside_shard_map():
-    with pytest.raises(ValueError, match="call inside jax.shard_map"):
+    with pytest.raises(ValueError, match=r"call inside jax\.shard_map"):
         jga.fused_post_ff(jnp.ones((4, 640)), jnp.ones((4, 640)), jnp.ones(640), axis_name="tp")
 
 

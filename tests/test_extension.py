@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import jax_gemma_arf
+from jax_gemma_arf import __main__ as report
 from jax_gemma_arf import extension, lowering, support
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,9 @@ def test_import_without_extension():
         "import sys; sys.modules['jax_gemma_arf._ffi'] = None\n"
         "import jax_gemma_arf.__main__ as report; print(report.describe_extension())"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout == (
         "runs as psum, the extension was not built (no nvcc when jax_gemma_arf was installed)\n"
     )
@@ -49,7 +52,7 @@ def test_import_without_extension():
 
 def test_caps_agree(built):
     """Python decides with the cap that the handlers enforce."""
-    assert support.MAX_MESSAGE_BYTES == built.max_message_bytes
+    assert built.max_message_bytes == support.MAX_MESSAGE_BYTES
     for ranks, limit in support.ONE_SHOT_MAX_BYTES.items():
         assert ranks * limit <= built.max_lamport_bytes
 
@@ -88,8 +91,6 @@ def test_stub_matches_module(built):
 
 
 def test_report(capsys, monkeypatch):
-    from jax_gemma_arf import __main__ as report
-
     monkeypatch.setattr(sys, "argv", ["jax_gemma_arf"])
     report.main()
     out = capsys.readouterr().out

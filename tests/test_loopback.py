@@ -222,6 +222,6 @@ def test_bad_operands(change, message):
     for index, operand in change.items():
         operands[index] = operand
     result = jax.ShapeDtypeStruct((2, 3, 640), BF16)
+    call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, result)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, result)
         jax.block_until_ready(call(*map(jnp.asarray, operands), **GOOD_ATTRIBUTES))

@@ -62,10 +62,12 @@ def test_abstract_mesh():
 
     call = jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P())
 
-    def arg(*shape, spec=P()):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
-
-    traced = jax.jit(call).trace(arg(8, 640, spec=P("tp")), arg(4, 640), arg(640))
+    traced = jax.jit(call).trace(
+        *(
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+            for shape, spec in (((8, 640), P("tp")), ((4, 640), P()), ((640,), P()))
+        )
+    )
     assert counts(traced.lower(lowering_platforms=("cuda",)).as_text()) == (1, 0)
 
 

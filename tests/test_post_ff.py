@@ -29,9 +29,7 @@ def runner(request, cpus, require_gpus):
     """An implementation, bound to its devices; skipped where they are not there."""
     chosen: Runner = request.param
     devices = require_gpus(chosen.gpus) if chosen.gpus else cpus[: chosen.ranks]
-    return dataclasses.replace(
-        chosen, run=lambda case, inputs: chosen.run(case, inputs, devices)
-    )
+    return dataclasses.replace(chosen, run=lambda case, inputs: chosen.run(case, inputs, devices))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -85,7 +83,7 @@ def test_two_ranks_sum_as_psum_does(runner):
 
 
 def test_batch_invariant(runner):
-    """Hazard 24: a token's bits do not depend on how many others share the call, nor on its place."""
+    """Hazard 24: a token's bits depend neither on how many share the call nor on its place."""
     case = Case((129,), 2816)
     inputs = make_inputs(case, runner.ranks)
     whole = runner.run(case, inputs)[0]
@@ -150,25 +148,19 @@ def test_oracles_reject_a_missing_rank():
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    leading=st.lists(st.integers(1, 9), max_size=3),
-    hidden=st.integers(4, 90).map(lambda blocks: 64 * blocks),
-    dtypes=st.sampled_from(
-        [(BF16, BF16), (F16, F16), (F32, F32), (BF16, F32), (F32, BF16), (F16, F32), (F32, F16)]
-    ),
-    layer_scalar=st.sampled_from([None, (), (1,)]),
-    scale_offset=st.sampled_from([0.0, 1.0]),
-    seed=st.integers(0, 2**16),
-)
-def test_any_shape(runner, leading, hidden, dtypes, layer_scalar, scale_offset, seed):
-    case = Case(
-        tuple(leading),
-        hidden,
-        dtypes[0],
-        residual_dtype=dtypes[1],
-        layer_scalar=layer_scalar,
-        scale_offset=scale_offset,
-        seed=seed,
+    st.builds(
+        Case,
+        leading=st.lists(st.integers(1, 9), max_size=3).map(tuple),
+        hidden=st.integers(4, 90).map(lambda blocks: 64 * blocks),
+        dtype=st.sampled_from([BF16, F32]),
+        residual_dtype=st.sampled_from([BF16, F32]),
+        scale_dtype=st.sampled_from([BF16, F32]),
+        layer_scalar=st.sampled_from([None, (), (1,)]),
+        scale_offset=st.sampled_from([0.0, 1.0]),
+        seed=st.integers(0, 2**16),
     )
+)
+def test_any_shape(runner, case):
     inputs = make_inputs(case, runner.ranks)
     out = runner.run(case, inputs)[0]
     assert_matches(case, inputs, out, oracle_float64(case, inputs), exact_sum=runner.exact_sum)

@@ -1,5 +1,5 @@
-"""fused_post_ff under JAX's transformations and on every kind of mesh, against the float64 oracle or
-against psum written out. Everything runs on a CPU mesh and, where there are GPUs, on theirs."""
+"""fused_post_ff under JAX's transformations and on every kind of mesh, against the float64 oracle
+or the unsharded computation. Everything runs on a CPU mesh and, where there are GPUs, on theirs."""
 
 import functools
 import logging
@@ -104,7 +104,7 @@ def test_several_axes(devices):
 
 
 def test_unreduced_operand(cpus):
-    """x may be typed unreduced over the axis, as a matmul with an unreduced out_sharding gives it."""
+    """x may be typed unreduced over the axis, as a matmul's out_sharding can leave it."""
     mesh = tp_mesh(cpus[:2], AxisType.Explicit)
     rng = np.random.default_rng(0)
     activations = rng.standard_normal((4, 32), np.float32)
@@ -189,7 +189,10 @@ def test_scan_and_while(devices):
 def test_vmap(devices, batched):
     """vmap inside the shard_map, over any operand."""
     mesh = tp_mesh(devices)
-    size, which = 3, {"x": {0}, "residual": {1}, "both": {0, 1}, "norm_scale": {2}}.get(batched, {3})
+    size, which = (
+        3,
+        {"x": {0}, "residual": {1}, "both": {0, 1}, "norm_scale": {2}}.get(batched, {3}),
+    )
     rng = np.random.default_rng(1)
     operands = [jnp.asarray(a) for a in make_inputs(CASE, len(devices)).operands()]
     for i in which:
@@ -251,9 +254,7 @@ def test_down_proj(devices, axis_type, token_spec):
     specs = (P("data", None, "tp"), P("tp", None), P("data"), P(), P())
     placed = put(mesh, (activations, w_down, residual, norm_scale, layer_scalar), specs)
     call = jax.jit(
-        functools.partial(
-            jga.down_proj_post_ff, mesh=mesh, axis_name="tp", token_spec=token_spec
-        )
+        functools.partial(jga.down_proj_post_ff, mesh=mesh, axis_name="tp", token_spec=token_spec)
     )
     out = call(*placed)
     want = post_ff_tail(

@@ -1,0 +1,24 @@
+"""The README's example runs as printed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_readme_example():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    # rmsnorm of equal entries is 1; (1 * 1 + 1) * 0.5
+    assert result.stdout.startswith("[[1 1 1 ... 1 1 1]")
+    assert result.stdout.endswith("platform is cpu, not CUDA\n")
