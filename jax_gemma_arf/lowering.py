@@ -93,11 +93,13 @@ def _cuda_lowering(ctx, *operands, axis_name, eps, scale_offset, implementation)
         manual_axes=context.manual_axes,
     )
     if not decision.ok:
+        # With something to reduce, the fallback costs time that the caller may not expect to pay.
+        costs = support.axis_size(context.mesh, axis_name) > 1 and 0 not in x.shape
         return _lower_to_reference(
             ctx,
             *operands,
             reason=decision.reason,
-            level=logging.WARNING,  # on CUDA it costs time that the caller may not expect to pay
+            level=logging.WARNING if costs else logging.INFO,
             axis_name=axis_name,
             eps=eps,
             scale_offset=scale_offset,

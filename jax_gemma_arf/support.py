@@ -90,7 +90,7 @@ def replica_groups(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axis_nam
     names = axis_names(axis_name)
     ids = np.arange(mesh.size, dtype=np.int64).reshape(mesh.axis_sizes)
     axes = [mesh.axis_names.index(name) for name in names]
-    return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, _axis_size(mesh, names))
+    return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, axis_size(mesh, names))
 
 
 def choose_algorithm(axis_size: int, message_bytes: int) -> str:
@@ -153,7 +153,7 @@ def decide(
     reason = next(objections, None)
     if reason is not None:
         return Support(False, reason)
-    size = _axis_size(mesh, axis_name)
+    size = axis_size(mesh, axis_name)
     algorithm = choose_algorithm(size, math.prod(x_shape) * dtype.itemsize)
     return Support(True, f"one {algorithm.replace('_', '-')} launch over {size} ranks", algorithm)
 
@@ -164,8 +164,8 @@ def _static_objections(x_shape, dtype, mesh, axis_name, manual_axes) -> Iterator
     message_bytes = math.prod(x_shape) * dtype.itemsize
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
         yield f"switched off by {DISABLE_VARIABLE}"
-    if (size := _axis_size(mesh, axis_name)) not in AXIS_SIZES:
-        yield f"axis {axis_name!r} must have 2, 4 or 8 ranks for the kernel, got {size}"
+    if (size := axis_size(mesh, axis_name)) not in AXIS_SIZES:
+        yield f"axis {_display(axis_name)} must have 2, 4 or 8 ranks for the kernel, got {size}"
     if dtype not in DTYPES:
         yield f"x must be bfloat16, float16 or float32, got {dtype}"
     if hidden % 64 != 0 or not 256 <= hidden <= 16384:
@@ -205,14 +205,19 @@ def _machine_objections(mesh, axis_name, client) -> Iterator[str]:
         yield f"devices must be alike, got {', '.join(facts.kinds)}"
     if not _within_processes(mesh, axis_name, client):
         yield (
-            f"axis {axis_name!r} spans hosts or processes; the kernel needs each replica group "
+            f"axis {_display(axis_name)} spans hosts or processes; the kernel needs each replica group "
             "inside one process"
         )
     if not facts.nvlinked:
         yield "not every pair of GPUs has NVLink peer access (nvidia-smi topo -m)"
 
 
-def _axis_size(mesh, axis_name: AxisName) -> int:
+def _display(axis_name: AxisName) -> str:
+    return " x ".join(map(repr, axis_names(axis_name)))
+
+
+def axis_size(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axis_name: AxisName) -> int:
+    """The number of ranks in a replica group."""
     return math.prod(mesh.shape[name] for name in axis_names(axis_name))
 
 

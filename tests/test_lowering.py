@@ -109,6 +109,17 @@ def test_unsupported_width_falls_back(mesh):
         lowered(mesh, shape=(4, 1000), implementation="cuda")
 
 
+@pytest.mark.parametrize(("ranks", "level"), [(1, "INFO"), (3, "WARNING")])
+def test_fallback_on_cuda_is_a_warning(cpus, caplog, ranks, level):
+    """Unless there is nothing to reduce."""
+    lowering._log_fallback.cache_clear()
+    caplog.set_level("INFO", "jax_gemma_arf")
+    assert counts(lowered(make_mesh((ranks,), ("tp",), cpus[:ranks])))[0] == 0
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert f"axis 'tp' must have 2, 4 or 8 ranks for the kernel, got {ranks}" in record.message
+
+
 def test_switch(mesh, monkeypatch):
     monkeypatch.setenv("JAX_GEMMA_ARF_DISABLE", "1")
     assert counts(lowered(mesh)) == (0, 1)
