@@ -165,7 +165,8 @@ def _static_objections(x_shape, dtype, mesh, axis_name, manual_axes) -> Iterator
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
         yield f"switched off by {DISABLE_VARIABLE}"
     if (size := axis_size(mesh, axis_name)) not in AXIS_SIZES:
-        yield f"axis {_display(axis_name)} must have 2, 4 or 8 ranks for the kernel, got {size}"
+        name = _display(axis_name)
+        yield f"axis {name} must have 2, 4 or 8 ranks for the kernel, got {size}"
     if dtype not in DTYPES:
         yield f"x must be bfloat16, float16 or float32, got {dtype}"
     if hidden % 64 != 0 or not 256 <= hidden <= 16384:
