@@ -91,9 +91,10 @@ def _cuda_lowering(ctx, *operands, axis_name, eps, scale_offset, implementation)
         axis_name=axis_name,
         client=client,
         manual_axes=context.manual_axes,
+        forced=implementation == "cuda",
     )
     if not decision.ok:
-        # With something to reduce, the fallback costs time that the caller may not expect to pay.
+        # With something to reduce, the fallback may cost time that the caller does not expect.
         costs = support.axis_size(context.mesh, axis_name) > 1 and 0 not in x.shape
         return _lower_to_reference(
             ctx,

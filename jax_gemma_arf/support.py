@@ -25,9 +25,13 @@ MAX_MESSAGE_BYTES = 256 << 20
 #: Bytes of x on one rank up to which one-shot is used, by axis size. One-shot pushes N - 1 messages
 #: and has no barrier; two-shot moves 2 (N - 1) / N messages between barriers of 7 us together.
 #: N = 2, measured on two H100s: one-shot is the faster at every size, but by only 5% from 10 MiB,
-#: where its three Lamport generations of N messages take three times two-shot's memory. N = 4, 8,
-#: not measured: where the wire time saved, at 320 GB/s, is worth the barriers.
+#: where its three Lamport generations of N messages take three times two-shot's memory. N = 4 and
+#: 8, not measured: where the wire time saved, at 320 GB/s, is worth the barriers.
 ONE_SHOT_MAX_BYTES = {2: 16 << 20, 4: 1 << 20, 8: 512 << 10}
+#: Bytes of x on one rank above which psum is taken unless implementation is "cuda". Measured on two
+#: H100s: XLA's all-reduce catches up at 22 MB and is 12% ahead at 88 MB, where the wire is all that
+#: counts and the kernel's extra passes over memory show. N = 4 and 8 not measured.
+PSUM_ABOVE_BYTES = 16 << 20
 #: Architectures that the extension holds code for: Hopper and datacenter Blackwell.
 COMPUTE_CAPABILITIES = ("9.0", "10.0")
 #: Set to 1 to run everything as psum. Read when a function is traced; the same on all processes.
@@ -138,6 +142,7 @@ def decide(
     axis_name: AxisName,
     client: object | None,
     manual_axes: frozenset[str] | None = None,
+    forced: bool = False,
 ) -> Support:
     """:func:`fusion_support`, as the lowering asks it.
 
@@ -145,16 +150,19 @@ def decide(
       client: the JAX client whose devices will run the call; None if there is none, as when
         lowering for CUDA on a machine without it: then the devices are not checked.
       manual_axes: the mesh axes that are manual; None for all.
+      forced: whether the kernel is wanted also where psum is expected to be as fast.
     """
+    message_bytes = math.prod(x_shape) * dtype.itemsize
     objections = itertools.chain(
         _static_objections(x_shape, dtype, mesh, axis_name, manual_axes),
         _machine_objections(mesh, axis_name, client),
+        _speed_objections(message_bytes) if not forced else (),
     )
     reason = next(objections, None)
     if reason is not None:
         return Support(False, reason)
     size = axis_size(mesh, axis_name)
-    algorithm = choose_algorithm(size, math.prod(x_shape) * dtype.itemsize)
+    algorithm = choose_algorithm(size, message_bytes)
     return Support(True, f"one {algorithm.replace('_', '-')} launch over {size} ranks", algorithm)
 
 
@@ -206,11 +214,20 @@ def _machine_objections(mesh, axis_name, client) -> Iterator[str]:
         yield f"devices must be alike, got {', '.join(facts.kinds)}"
     if not _within_processes(mesh, axis_name, client):
         yield (
-            f"axis {_display(axis_name)} spans hosts or processes; the kernel needs each replica group "
-            "inside one process"
+            f"axis {_display(axis_name)} spans hosts or processes; the kernel needs each replica "
+            "group inside one process"
         )
     if not facts.nvlinked:
         yield "not every pair of GPUs has NVLink peer access (nvidia-smi topo -m)"
+
+
+def _speed_objections(message_bytes: int) -> Iterator[str]:
+    """What speaks against it although it could run."""
+    if message_bytes > PSUM_ABOVE_BYTES:
+        yield (
+            f"x has {message_bytes} bytes on a rank, and above {PSUM_ABOVE_BYTES} psum is as fast; "
+            'implementation="cuda" runs the kernel all the same'
+        )
 
 
 def _display(axis_name: AxisName) -> str:

@@ -80,6 +80,16 @@ def test_reasons(nvlinked, arguments, reason):
     assert re.search(reason, decision.reason), decision.reason
 
 
+def test_large_messages_are_left_to_psum(nvlinked):
+    """Where psum measured as fast, unless the kernel is asked for."""
+    tokens = support.PSUM_ABOVE_BYTES // (2 * 5376)
+    assert decide((tokens, 5376)).ok
+    decision = decide((tokens + 1, 5376))
+    assert not decision.ok
+    assert "psum is as fast" in decision.reason
+    assert decide((tokens + 1, 5376), forced=True).algorithm == "two_shot"
+
+
 def test_cpu_platform(mesh):
     decision = fusion_support((1, 5376), jnp.bfloat16, mesh=mesh, axis_name="tp")
     assert decision == support.Support(False, "platform is cpu, not CUDA")

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything that needs GPUs, on a machine that has the package installed: what the machine is, the
+# loopback and multi_gpu tests, compute-sanitizer on a selection, and timings. Each step has a time
+# limit, since a kernel that spins for a peer would not end by itself.
+#
+#   bench/gpu.sh [report|test|sanitize|time]...      default: all
+set -uo pipefail
+cd "$(dirname "$0")/.."
+gpus=$(nvidia-smi -L | wc -l)
+failed=0
+step() { # SECONDS COMMAND...
+  echo "== ${*:2}"
+  timeout -k 10 "$@" || { echo "== failed with status $?: ${*:2}"; failed=1; }
+}
+
+report() { (cd / && step 60 python3 -m jax_gemma_arf); }
+test() { step 420 pytest -q -k "loopback or multi_gpu" tests; }
+sanitize() {
+  local tool
+  for tool in memcheck racecheck; do
+    step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/sanitize.py
+  done
+}
+time() {
+  step 120 python3 bench/op.py --mode loopback --ranks 2 --tokens 1 16 64 256 1024
+  if ((gpus > 1)); then
+    step 200 python3 bench/op.py --mode mesh --ranks 2 --hidden 5376 2560
+  fi
+  step 120 python3 examples/demo.py
+}
+
+for part in "${@:-report test sanitize time}"; do
+  for name in $part; do "$name"; done
+done
+exit "$failed"
