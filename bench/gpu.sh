@@ -3,7 +3,7 @@
 # loopback and multi_gpu tests, compute-sanitizer on a selection, and timings. Each step has a time
 # limit, since a kernel that spins for a peer would not end by itself.
 #
-#   bench/gpu.sh [report|test|sanitize|time]...      default: all
+#   bench/gpu.sh [report|test|sanitize|speed]...      default: all
 set -uo pipefail
 cd "$(dirname "$0")/.."
 gpus=$(nvidia-smi -L | wc -l)
@@ -21,7 +21,7 @@ sanitize() {
     step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/sanitize.py
   done
 }
-time() {
+speed() {
   step 120 python3 bench/op.py --mode loopback --ranks 2 --tokens 1 16 64 256 1024
   if ((gpus > 1)); then
     step 200 python3 bench/op.py --mode mesh --ranks 2 --hidden 5376 2560
@@ -29,7 +29,7 @@ time() {
   step 120 python3 examples/demo.py
 }
 
-for part in "${@:-report test sanitize time}"; do
+for part in "${@:-report test sanitize speed}"; do
   for name in $part; do "$name"; done
 done
 exit "$failed"
