@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BF16, F16, F32, Case, assert_matches, make_inputs, oracle_float64
+from profiles import kernels_in
 
 from jax_gemma_arf import lowering, support
 from jax_gemma_arf.loopback import loopback_post_ff
@@ -20,20 +21,6 @@ def gpu(require_gpus):
     (device,) = require_gpus(1)
     with jax.default_device(device):
         yield device
-
-
-def kernels_in(trace_directory) -> list[str]:
-    """Names of the kernels that ran on the GPU, from a profiler trace."""
-    (path,) = trace_directory.glob("**/*.xplane.pb")
-    profile = jax.profiler.ProfileData.from_file(str(path))
-    return [
-        event.name
-        for plane in profile.planes
-        if plane.name.startswith("/device:GPU")
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    ]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
