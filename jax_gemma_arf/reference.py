@@ -54,8 +54,9 @@ def post_ff_tail(
     row = summed.astype(jnp.float32)
     mean_square = jnp.mean(row * row, axis=-1, keepdims=True)
     normed = row * jax.lax.rsqrt(mean_square + jnp.float32(eps))
-    scaled = normed * (jnp.float32(scale_offset) + norm_scale.astype(jnp.float32))
-    out = scaled + residual.astype(jnp.float32)
+    scale = jnp.float32(scale_offset) + norm_scale.astype(jnp.float32)
+    scale = jnp.expand_dims(scale, range(row.ndim - 1))  # users may forbid rank promotion
+    out = normed * scale + residual.astype(jnp.float32)
     if layer_scalar is not None:
-        out = out * layer_scalar.astype(jnp.float32)
+        out = out * layer_scalar.astype(jnp.float32).reshape(())
     return out.astype(residual.dtype)

@@ -62,7 +62,11 @@ def run_loopback(algorithm: str, case: Case, inputs: Inputs, devices) -> np.ndar
     return np.asarray(jax.jit(call)(*jax.device_put(inputs.operands(), devices[0])))
 
 
-XLA = [Runner("xla", n, 0, n == 2, functools.partial(run_mesh, "xla")) for n in (2, 4, 8)]
+XLA = [
+    Runner(name, n, 0, n == 2, functools.partial(run_mesh, implementation))
+    for name, implementation in (("xla", "xla"), ("default", None))
+    for n in (2, 4, 8)
+]
 LOOPBACK = [
     Runner(f"loopback_{algorithm}", n, 1, True, functools.partial(run_loopback, algorithm))
     for n in (2, 4, 8)

@@ -53,6 +53,13 @@ def test_one_call_and_no_all_reduce(cpus, ranks, axis_type):
     assert counts(lowered(mesh, implementation="xla")) == (0, 1)
 
 
+def test_psum_is_in_the_dtype_of_x(mesh):
+    """The psum implementation adds what the model did before, not float32."""
+    text = lowered(mesh, implementation="xla")
+    (types,) = re.findall(r"all_reduce.*?\}\) : (\(.*?\) -> \S+)", text, re.DOTALL)
+    assert types == "(tensor<4x5376xbf16>) -> tensor<4x5376xbf16>"
+
+
 def test_abstract_mesh():
     """No device at all: the lowering depends on static facts only."""
     mesh = jax.sharding.AbstractMesh((2,), ("tp",))

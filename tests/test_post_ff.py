@@ -92,7 +92,7 @@ def test_batch_invariant(runner):
             inputs, x=inputs.x[:, start:stop], residual=inputs.residual[start:stop]
         )
         out = runner.run(dataclasses.replace(case, leading=(stop - start,)), part)[0]
-        if runner.name == "xla":  # XLA may tile the mean differently; its values still agree
+        if runner.gpus == 0:  # XLA may tile the mean differently; its values still agree
             np.testing.assert_allclose(
                 out.astype(np.float32), whole[start:stop].astype(np.float32), rtol=2**-7, atol=2**-7
             )

@@ -187,7 +187,7 @@ def test_scan_and_while(devices):
     ["x", "residual", "both", "norm_scale", "layer_scalar"],
 )
 def test_vmap(devices, batched):
-    """vmap inside the shard_map, over any operand."""
+    """vmap inside the shard_map, over any operand, the batch axis last."""
     mesh = tp_mesh(devices)
     size, which = (
         3,
@@ -198,16 +198,38 @@ def test_vmap(devices, batched):
     for i in which:
         factor = 1 + rng.random((size, *(1,) * operands[i].ndim), np.float32)
         operands[i] = operands[i] * factor
-    operands[0] = jnp.moveaxis(operands[0], 0, 1) if 0 in which else operands[0]  # ranks first
-    axes = tuple(0 if i in which else None for i in range(4))
+    operands = [jnp.moveaxis(a, 0, -1) if i in which else a for i, a in enumerate(operands)]
+    axes = tuple(-1 if i in which else None for i in range(4))
 
     def local(x, *others):
         return jax.vmap(functools.partial(jga.fused_post_ff, axis_name="tp"), axes)(x[0], *others)
 
     specs = (P("tp"), P(), P(), P())
     call = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))
-    want = jax.vmap(unsharded, (1 if 0 in which else None, *axes[1:]))(*operands)
+    want = jax.vmap(unsharded, axes)(*operands)
     np.testing.assert_allclose(call(*put(mesh, operands, specs)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_over_a_scale_needs_the_reference(mesh):
+    """No kernel for one scale an example: implementation="cuda" must say so."""
+
+    def local(x, residual, norm_scale):
+        call = functools.partial(jga.fused_post_ff, axis_name="tp", implementation="cuda")
+        return jax.vmap(call, (None, None, 0))(x[0], residual, norm_scale)
+
+    call = jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P())
+    operands = np.ones((2, 4, 640), F32), np.ones((4, 640), F32), np.ones((3, 640), F32)
+    with pytest.raises(
+        ValueError, match="needs norm_scale and layer_scalar without a vmapped axis"
+    ):
+        jax.eval_shape(call, *operands)
+
+
+def test_strict_promotion(mesh):
+    """For users who forbid implicit rank and dtype promotion."""
+    operands = make_inputs(Case((2, 3), 640, residual_dtype=F32, layer_scalar=(1,)), 2).operands()
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        jax.jit(tp_call(mesh))(*operands)
 
 
 def test_vmap_is_one_collective(mesh):
