@@ -5,22 +5,27 @@ BIN := $(VENV)/bin
 EXTRAS ?= test
 
 .PHONY: help setup build test demo lint wheel clean
+.DELETE_ON_ERROR:
 
 help:
 	@echo "make demo | test | build | lint | wheel | clean"
 
-# The package is installed editable: Python files are used in place, ffi/ is compiled by 'build'.
-$(VENV)/.done: pyproject.toml
+# The package is installed editable: Python files are used in place, ffi/ is compiled again when it
+# changes.
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(MAKE) build
-	touch $@
 
-setup: $(VENV)/.done
-
-build:
+$(VENV)/.built: pyproject.toml CMakeLists.txt $(wildcard cmake/* ffi/*) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@$(BIN)/python -m jax_gemma_arf --extension
+	@touch $@
+
+setup: $(VENV)/.built
+
+build: $(BIN)/python
+	rm -f $(VENV)/.built
+	$(MAKE) setup
 
 test: setup
 	$(BIN)/pytest

@@ -13,15 +13,15 @@ step() { # SECONDS COMMAND...
   timeout -k 10 "$@" || { echo "== failed with status $?: ${*:2}"; failed=1; }
 }
 
-report() { (cd / && step 60 python3 -m jax_gemma_arf); }
-test() { step 420 pytest -q -k "loopback or multi_gpu" tests; }
-sanitize() {
+run_report() { step 60 python3 -P -m jax_gemma_arf; }  # -P: the installed package, not this tree
+run_test() { step 420 pytest -q -k "loopback or multi_gpu" tests; }
+run_sanitize() {
   local tool
   for tool in memcheck racecheck; do
     step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/sanitize.py
   done
 }
-speed() {
+run_speed() {
   step 120 python3 bench/op.py --mode loopback --ranks 2 --tokens 1 16 64 256 1024
   if ((gpus > 1)); then
     step 200 python3 bench/op.py --mode mesh --ranks 2 --hidden 5376 2560
@@ -29,7 +29,11 @@ speed() {
   step 120 python3 examples/demo.py
 }
 
-for part in "${@:-report test sanitize speed}"; do
-  for name in $part; do "$name"; done
+for part in "${@:-all}"; do
+  case "$part" in
+    all) run_report; run_test; run_sanitize; run_speed ;;
+    report | test | sanitize | speed) "run_$part" ;;
+    *) echo "unknown part: $part; use report, test, sanitize or speed" >&2; exit 2 ;;
+  esac
 done
 exit "$failed"

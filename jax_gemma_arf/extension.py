@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     _ffi = None
     _why_missing = (
-        "the extension was not built (no nvcc when jax_gemma_arf was installed)"
+        "the extension was not built (no nvcc at installation, or a source tree, not installed)"
         if isinstance(error, ModuleNotFoundError)
         else f"the extension does not load: {error}"
     )

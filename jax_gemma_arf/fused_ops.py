@@ -1,10 +1,12 @@
 """The public operations: argument checks, then the primitive or the reference."""
 
 import math
+import numbers
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from jax_gemma_arf import lowering
@@ -76,7 +78,7 @@ def fused_post_ff(
         operands += (_as_array(layer_scalar),)
     eps, scale_offset = _check_number("eps", eps), _check_number("scale_offset", scale_offset)
     if eps <= 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+        raise ValueError(f"eps must be positive in float32, got {eps}")
     if implementation not in ("cuda", "xla", None):
         raise ValueError(f'implementation must be "cuda", "xla" or None, got {implementation!r}')
     _check_operands(*operands)
@@ -132,39 +134,31 @@ def down_proj_post_ff(
     Raises:
       ValueError, TypeError: at trace time, as fused_post_ff; also if the axis does not divide F.
     """
-    names = axis_names(axis_name)
-    for name in names:
-        if name not in mesh.axis_names:
-            raise ValueError(
-                f"axis_name must name axes of the mesh {mesh.axis_names}, got {axis_name!r}"
-            )
+    activations, w_down, residual = map(jnp.asarray, (activations, w_down, residual))
+    names = axis_names(axis_name, mesh)
     size = math.prod(mesh.shape[name] for name in names)
-    if jnp.ndim(w_down) != 2 or jnp.ndim(activations) < 1:
-        raise ValueError(
-            f"activations must be [..., F] and w_down [F, D], got shapes {jnp.shape(activations)} "
-            f"and {jnp.shape(w_down)}"
+    if activations.dtype != w_down.dtype or w_down.dtype not in DTYPES:
+        raise TypeError(
+            "activations and w_down must have one dtype, bfloat16, float16 or float32, got "
+            f"{activations.dtype} and {w_down.dtype}"
         )
-    features = jnp.shape(activations)[-1]
+    if w_down.ndim != 2 or activations.ndim < 1:
+        raise ValueError(
+            f"activations must be [..., F] and w_down [F, D], got shapes {activations.shape} and "
+            f"{w_down.shape}"
+        )
+    features = activations.shape[-1]
     if features != w_down.shape[0] or features % size != 0:
         raise ValueError(
-            f"F, the last axis of activations and the first of w_down, must agree and be divisible "
+            "F, the last axis of activations and the first of w_down, must agree and be divisible "
             f"by the {size} ranks of {axis_name!r}, got {features} and {w_down.shape[0]}"
         )
-    expected = (*jnp.shape(activations)[:-1], w_down.shape[1])
-    if jnp.shape(residual) != expected:
+    expected = (*activations.shape[:-1], w_down.shape[1])
+    if residual.shape != expected:
         raise ValueError(
-            f"residual must have the shape {expected} of activations @ w_down, "
-            f"got {jnp.shape(residual)}"
+            f"residual must have the shape {expected} of activations @ w_down, got {residual.shape}"
         )
-    if token_spec is None:
-        token_spec = _token_spec(residual, mesh)
-    leading = len(expected) - 1
-    tokens = (*token_spec, *(None,) * (leading - len(token_spec)))
-    if len(tokens) != leading:
-        raise ValueError(
-            f"token_spec must have at most {leading} entries for residual's leading axes, "
-            f"got {token_spec}"
-        )
+    tokens = _check_token_spec(token_spec, residual, mesh, names)
 
     def local(activations, w_down, residual, norm_scale, *layer_scalar):
         partial_sums = jnp.dot(activations, w_down)
@@ -189,16 +183,52 @@ def down_proj_post_ff(
     if layer_scalar is not None:
         operands.append(_as_array(layer_scalar))
         in_specs.append(PartitionSpec())
+    if _is_explicit(mesh):  # where shard_map demands operands that are sharded as it is told
+        shardings = [jax.NamedSharding(mesh, spec) for spec in in_specs]
+        operands = [jax.reshard(a, sharding) for a, sharding in zip(operands, shardings)]
     return jax.shard_map(
         local, mesh=mesh, in_specs=tuple(in_specs), out_specs=PartitionSpec(*tokens, None)
     )(*operands)
 
 
-def _token_spec(residual: jax.Array, mesh: jax.sharding.Mesh) -> PartitionSpec:
-    """The sharding of residual's leading axes, where its type tells."""
-    if all(kind == AxisType.Explicit for kind in mesh.axis_types):
-        return PartitionSpec(*jax.typeof(residual).sharding.spec[:-1])
-    return PartitionSpec()
+def _is_explicit(mesh: jax.sharding.Mesh) -> bool:
+    return all(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def _check_token_spec(
+    token_spec: PartitionSpec | None,
+    residual: jax.Array,
+    mesh: jax.sharding.Mesh,
+    names: tuple[str, ...],
+) -> tuple[AxisName | None, ...]:
+    """token_spec, one entry for each leading axis of residual."""
+    leading = residual.ndim - 1
+    if token_spec is None:
+        token_spec = PartitionSpec()
+        if _is_explicit(mesh):
+            spec = jax.typeof(residual).sharding.spec
+            token_spec = PartitionSpec(*(None if _axes(e) & set(names) else e for e in spec[:-1]))
+    if len(token_spec) > leading:
+        raise ValueError(
+            f"token_spec must have at most {leading} entries for residual's leading axes, "
+            f"got {token_spec}"
+        )
+    allowed = set(mesh.axis_names) - set(names)
+    for length, entry in zip(residual.shape, token_spec):
+        shards = math.prod(mesh.shape[name] for name in _axes(entry) & allowed)
+        if not _axes(entry) <= allowed or length % shards != 0:
+            raise ValueError(
+                f"token_spec must name axes of the mesh other than {names}, {sorted(allowed)}, "
+                f"that divide residual's leading axes {residual.shape[:-1]}, got {token_spec}"
+            )
+    return (*token_spec, *(None,) * (leading - len(token_spec)))
+
+
+def _axes(entry: AxisName | None) -> set[str]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    if entry is None:
+        return set()
+    return {entry} if isinstance(entry, str) else set(entry)
 
 
 def _as_array(layer_scalar: jax.Array | float) -> jax.Array:
@@ -207,12 +237,13 @@ def _as_array(layer_scalar: jax.Array | float) -> jax.Array:
 
 
 def _check_number(name: str, value: float) -> float:
-    try:
-        number = float(value)
-    except Exception as error:
-        raise TypeError(f"{name} must be a static number, got {type(value).__name__}") from error
+    """value as the float32 that the arithmetic will see."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a static number, got {type(value).__name__}")
+    with np.errstate(over="ignore"):
+        number = float(np.float32(value))
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
+        raise ValueError(f"{name} must be finite in float32, got {value}")
     return number
 
 
@@ -246,40 +277,43 @@ def _check_operands(x, residual, norm_scale, layer_scalar=None) -> None:
 
 
 def _check_axis(axis_name: AxisName) -> tuple[str, ...]:
-    names = axis_names(axis_name)
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    for name in names:
-        if kinds.get(name) != AxisType.Manual:
-            manual = [n for n, kind in kinds.items() if kind == AxisType.Manual]
-            raise ValueError(
-                f"axis_name must name manual axes of the mesh, which are {manual} here, got "
-                f"{axis_name!r}; call inside jax.shard_map over that axis"
-            )
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"axis_name must be one axis or several different ones, got {axis_name!r}")
+    manual = [name for name, kind in kinds.items() if kind == AxisType.Manual]
+    try:
+        names = axis_names(axis_name, mesh)
+    except ValueError as error:
+        raise ValueError(f"{error}; call inside jax.shard_map over that axis") from None
+    if not set(names) <= set(manual):
+        raise ValueError(
+            f"axis_name must name manual axes, which are {manual} here, got {axis_name!r}; call "
+            "inside jax.shard_map over that axis"
+        )
     return names
 
 
 def _check_replication(operands: tuple[jax.Array, ...], names: tuple[str, ...]) -> None:
     """x must be partial over the axes and the rest replicated, as far as check_vma lets us see."""
     mesh = jax.sharding.get_abstract_mesh()
-    reduced = {name for name in names if mesh.shape[name] > 1}
-    types = [jax.typeof(operand).manual_axis_type for operand in operands]
-    for name, kind in zip(("residual", "norm_scale", "layer_scalar"), types[1:]):
-        if over := (kind.varying | kind.unreduced) & reduced:
+    axes = {name for name in names if mesh.shape[name] > 1}  # types leave out axes of size 1
+    # Only under check_vma does a type say what varies; the rank's own index shows whether it is on.
+    index = jax.eval_shape(lambda: jax.lax.axis_index(names)).manual_axis_type
+    if index is None or not axes <= index.varying:
+        return
+    x, *others = (jax.typeof(operand).manual_axis_type for operand in operands)
+    for name, kind in zip(("residual", "norm_scale", "layer_scalar"), others):
+        if over := (kind.varying | kind.unreduced | kind.reduced) & axes:
             raise ValueError(
-                f"{name} must be replicated over axis_name, got one that varies over "
-                f"{sorted(over)}; reduce or gather it first"
+                f"{name} must be replicated over axis_name, got one that varies over or is typed "
+                f"unreduced or reduced over {sorted(over)}; reduce or gather it first"
             )
-    if other := types[0].unreduced - set(names):
+    if not axes <= x.varying and not axes <= x.unreduced:
+        raise ValueError(
+            f"x must hold partial sums, varying or unreduced over all of {sorted(axes)}, got one "
+            f"varying over {sorted(x.varying & axes)} and unreduced over "
+            f"{sorted(x.unreduced & axes)}: it is reduced already, or lacks jax.lax.pcast"
+        )
+    if other := x.unreduced - set(names):
         raise ValueError(
             f"x must be unreduced over axis_name alone, got one unreduced over {sorted(other)} too"
-        )
-    partial_over = types[0].varying | types[0].unreduced
-    checked = jax.eval_shape(lambda: jax.lax.axis_index(names)).manual_axis_type
-    if checked is not None and reduced & checked.varying and not reduced <= partial_over:
-        raise ValueError(
-            f"x must hold partial sums that vary over {names}, got one replicated over "
-            f"{sorted(reduced - partial_over)}: it is reduced already, or lacks jax.lax.pcast"
         )

@@ -3,6 +3,7 @@ FFI call on CUDA or to the reference anywhere else."""
 
 import functools
 import logging
+import re
 from typing import Any
 
 import jax
@@ -38,46 +39,49 @@ def ffi_attributes(
     }
 
 
-@post_ff_p.def_abstract_eval
-def _abstract_eval(x, residual, *scales, axis_name, **_):
-    # As psum: what was varying or unreduced over axis_name is replicated afterwards.
-    varying = frozenset().union(*(aval.manual_axis_type.varying for aval in (x, residual, *scales)))
-    return residual.update(
-        weak_type=False,
-        manual_axis_type=residual.manual_axis_type.update(varying=varying - set(axis_name)),
-    )
-
-
 def _reference(*operands, axis_name, eps, scale_offset, implementation=None):
     del implementation
     return reference_post_ff(*operands, axis_name=axis_name, eps=eps, scale_offset=scale_offset)
 
 
-def _lower_to_reference(ctx, *operands, reason: str, level: int = logging.INFO, **params):
+@post_ff_p.def_abstract_eval
+def _abstract_eval(*avals, **params):
+    # psum's own rules say what the result varies over, and how it is sharded.
+    (out,) = jax.make_jaxpr(functools.partial(_reference, **params))(*avals).out_avals
+    return out
+
+
+def _lower_to_reference(ctx, *operands, reason: str, level: int, **params):
     if params["implementation"] == "cuda":
-        raise NotImplementedError(
-            f'implementation="cuda" was asked for, but the kernel cannot run: {reason}'
-        )
-    _log_fallback(reason, level)
+        raise NotImplementedError(_refusal(reason))
+    log_fallback(reason, level)
     return mlir.lower_fun(functools.partial(_reference, **params), multiple_results=False)(
         ctx, *operands
     )
 
 
-@functools.cache
-def _log_fallback(reason: str, level: int) -> None:
-    """Says once per reason that calls run as psum."""
-    logger.log(level, "fused_post_ff runs as psum + tail: %s", reason)
+def _refusal(reason: str) -> str:
+    return f'implementation="cuda" was asked for, but the kernel cannot run: {reason}'
+
+
+_logged: set[str] = set()
+
+
+def log_fallback(reason: str, level: int = logging.WARNING) -> None:
+    """Says once per reason, whatever the numbers in it, that calls run as psum."""
+    kind = re.sub(r"\d+", "", reason)
+    if kind not in _logged:
+        _logged.add(kind)
+        logger.log(level, "fused_post_ff runs as psum + tail: %s", reason)
 
 
 def _default_lowering(ctx, *operands, **params):
-    platforms = ", ".join(ctx.module_context.platforms)
-    return _lower_to_reference(
-        ctx, *operands, reason=f"platform is {platforms}, not CUDA", **params
-    )
+    platforms = [name for name in ctx.module_context.platforms if name != "cuda"]
+    reason = f"platform is {', '.join(platforms)}, not CUDA"
+    return _lower_to_reference(ctx, *operands, reason=reason, level=logging.INFO, **params)
 
 
-def _cuda_lowering(ctx, *operands, axis_name, eps, scale_offset, implementation):
+def _cuda_lowering(ctx, *operands, **params):
     x = ctx.avals_in[0]
     context = ctx.module_context.axis_context
     # A client for another platform: lowering for CUDA on a machine without it.
@@ -88,28 +92,20 @@ def _cuda_lowering(ctx, *operands, axis_name, eps, scale_offset, implementation)
         x.shape,
         x.dtype,
         mesh=context.mesh,
-        axis_name=axis_name,
+        names=params["axis_name"],
         client=client,
         manual_axes=context.manual_axes,
-        forced=implementation == "cuda",
+        forced=params["implementation"] == "cuda",
     )
-    if not decision.ok:
-        # With something to reduce, the fallback may cost time that the caller does not expect.
-        costs = support.axis_size(context.mesh, axis_name) > 1 and 0 not in x.shape
-        return _lower_to_reference(
-            ctx,
-            *operands,
-            reason=decision.reason,
-            level=logging.WARNING if costs else logging.INFO,
-            axis_name=axis_name,
-            eps=eps,
-            scale_offset=scale_offset,
-            implementation=implementation,
-        )
-    assert decision.algorithm is not None
+    if decision.algorithm is None:
+        level = logging.INFO if decision.deliberate else logging.WARNING
+        return _lower_to_reference(ctx, *operands, reason=decision.reason, level=level, **params)
     extension.load()
     attributes = ffi_attributes(
-        decision.algorithm, support.replica_groups(context.mesh, axis_name), eps, scale_offset
+        decision.algorithm,
+        support.replica_groups(context.mesh, params["axis_name"]),
+        params["eps"],
+        params["scale_offset"],
     )
     return jax.ffi.ffi_lowering(MESH_TARGET)(ctx, *operands, **attributes)
 
@@ -122,10 +118,10 @@ def _batch(args, dims, **params):
     """Folds the batch into the tokens: one collective for all of it."""
     size = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
     if any(d is not None for d in dims[2:]):
+        reason = "norm_scale or layer_scalar has a vmapped axis"
         if params["implementation"] == "cuda":
-            raise ValueError(
-                'implementation="cuda" needs norm_scale and layer_scalar without a vmapped axis'
-            )
+            raise NotImplementedError(_refusal(reason))
+        log_fallback(reason)
         return jax.vmap(functools.partial(_reference, **params), in_axes=tuple(dims))(*args), 0
     x, residual = (
         jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)

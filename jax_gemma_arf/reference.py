@@ -8,14 +8,26 @@ def reference_post_ff(
     x: jax.Array,
     residual: jax.Array,
     norm_scale: jax.Array,
-    layer_scalar: jax.Array | None = None,
+    layer_scalar: jax.Array | float | None = None,
     *,
     axis_name: str | tuple[str, ...],
     eps: float = 1e-6,
     scale_offset: float = 0.0,
 ) -> jax.Array:
-    """psum in x.dtype, then the float32 tail. Arguments as in :func:`jax_gemma_arf.fused_post_ff`,
-    without its checks."""
+    """``post_ff_tail(psum(x, axis_name), ...)``: what fused_post_ff computes, in plain JAX.
+
+    Args:
+      x: [..., D], this rank's partial sums, added in x.dtype.
+      residual: [..., D], replicated over axis_name.
+      norm_scale: [D], replicated.
+      layer_scalar: () or (1,), or None for 1.
+      axis_name: a mesh axis, inside jax.shard_map, or a tuple of them.
+      eps: added to the mean of squares.
+      scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3.
+
+    Returns:
+      [..., D], residual.dtype, replicated over axis_name. Nothing is checked.
+    """
     return post_ff_tail(
         jax.lax.psum(x, axis_name),
         residual,
@@ -30,7 +42,7 @@ def post_ff_tail(
     summed: jax.Array,
     residual: jax.Array,
     norm_scale: jax.Array,
-    layer_scalar: jax.Array | None = None,
+    layer_scalar: jax.Array | float | None = None,
     *,
     eps: float = 1e-6,
     scale_offset: float = 0.0,
@@ -58,5 +70,5 @@ def post_ff_tail(
     scale = jnp.expand_dims(scale, range(row.ndim - 1))  # users may forbid rank promotion
     out = normed * scale + residual.astype(jnp.float32)
     if layer_scalar is not None:
-        out = out * layer_scalar.astype(jnp.float32).reshape(())
+        out = out * jnp.asarray(layer_scalar, jnp.float32).reshape(())
     return out.astype(residual.dtype)

@@ -34,10 +34,11 @@ ONE_SHOT_MAX_BYTES = {2: 16 << 20, 4: 1 << 20, 8: 512 << 10}
 PSUM_ABOVE_BYTES = 16 << 20
 #: Architectures that the extension holds code for: Hopper and datacenter Blackwell.
 COMPUTE_CAPABILITIES = ("9.0", "10.0")
-#: Set to 1 to run everything as psum. Read when a function is traced; the same on all processes.
+#: Set to 1 to run everything as psum. Read when a call is lowered; set it alike on all processes.
 DISABLE_VARIABLE = "JAX_GEMMA_ARF_DISABLE"
 
 AxisName = str | tuple[str, ...]
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,14 @@ class Support:
       ok: True if it does.
       reason: why not, and what to change; with ok, what will run.
       algorithm: "one_shot" or "two_shot", or None without ok.
+      deliberate: without ok, True if psum is what is wanted: nothing to reduce, psum as fast, or
+        switched off.
     """
 
     ok: bool
     reason: str
     algorithm: str | None = None
+    deliberate: bool = False
 
     def __bool__(self) -> bool:
         return self.ok
@@ -65,6 +69,7 @@ class DeviceFacts:
     platform: str
     compute_capabilities: tuple[str, ...]
     kinds: tuple[str, ...]
+    processes: int
     nvlinked: bool
 
 
@@ -73,46 +78,57 @@ def device_facts(client: object) -> DeviceFacts:
     """Facts of all devices of a JAX client (``device.client``)."""
     devices = client.devices()  # type: ignore[attr-defined]
     platform = devices[0].platform
-    capabilities = {str(getattr(d, "compute_capability", "")) for d in devices}
     built = extension.load() if platform == "gpu" else None
-    nvlinked = built is not None and all(all(row) for row in built.nvlink_peers())
     return DeviceFacts(
         platform=platform,
-        compute_capabilities=tuple(sorted(capabilities)),
+        compute_capabilities=tuple(sorted({str(d.compute_capability) for d in devices}))
+        if platform == "gpu"
+        else (),
         kinds=tuple(sorted({d.device_kind for d in devices})),
-        nvlinked=nvlinked,
+        processes=len({d.process_index for d in devices}),
+        nvlinked=built is not None and all(all(row) for row in built.nvlink_peers()),
     )
 
 
-def axis_names(axis_name: AxisName) -> tuple[str, ...]:
-    """axis_name as a tuple."""
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+def axis_names(axis_name: AxisName, mesh: AnyMesh) -> tuple[str, ...]:
+    """axis_name as a tuple, after checking that it names different axes of the mesh.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if not names or len(set(names)) != len(names) or not set(names) <= set(mesh.axis_names):
+        raise ValueError(
+            f"axis_name must name one or several different axes of the mesh {mesh.axis_names}, "
+            f"got {axis_name!r}"
+        )
+    return names
 
 
-def replica_groups(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axis_name: AxisName):
+def replica_groups(mesh: AnyMesh, names: tuple[str, ...]) -> np.ndarray:
     """[groups, ranks]: positions in the mesh, in row-major order, of each group's ranks."""
-    names = axis_names(axis_name)
     ids = np.arange(mesh.size, dtype=np.int64).reshape(mesh.axis_sizes)
     axes = [mesh.axis_names.index(name) for name in names]
-    return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, axis_size(mesh, names))
+    return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, _group_size(mesh, names))
 
 
-def choose_algorithm(axis_size: int, message_bytes: int) -> str:
-    """The rule: one-shot up to ONE_SHOT_MAX_BYTES[axis_size], two-shot above."""
-    return "one_shot" if message_bytes <= ONE_SHOT_MAX_BYTES[axis_size] else "two_shot"
+def choose_algorithm(ranks: int, message_bytes: int) -> str:
+    """The rule: one-shot up to ONE_SHOT_MAX_BYTES[ranks], two-shot above."""
+    return "one_shot" if message_bytes <= ONE_SHOT_MAX_BYTES[ranks] else "two_shot"
 
 
 def fusion_support(
     x_shape: Sequence[int],
     dtype: jax.typing.DTypeLike,
     *,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    mesh: AnyMesh,
     axis_name: AxisName,
 ) -> Support:
     """Why :func:`jax_gemma_arf.fused_post_ff` will or will not run as the kernel.
 
     Args:
-      x_shape: [..., D], the shape of x on one rank, as inside jax.shard_map.
+      x_shape: [..., D], the shape of x on one rank, as inside a jax.shard_map that is manual over
+        all axes of the mesh.
       dtype: x's dtype.
       mesh: the mesh. An AbstractMesh has no devices, so only what is static is checked.
       axis_name: the mesh axis (or axes) of tensor parallelism.
@@ -121,25 +137,21 @@ def fusion_support(
       A Support, true if the kernel will run.
 
     Raises:
-      ValueError: if axis_name is not an axis of the mesh, or x_shape has no last axis.
+      ValueError: if axis_name does not name axes of the mesh, or x_shape has no last axis.
     """
-    missing = [name for name in axis_names(axis_name) if name not in mesh.axis_names]
-    if missing:
-        raise ValueError(
-            f"axis_name must name axes of the mesh {mesh.axis_names}, got {axis_name!r}"
-        )
     if len(x_shape) == 0:
         raise ValueError("x must have a last axis of D elements, got the shape ()")
     client = mesh.devices.flat[0].client if isinstance(mesh, jax.sharding.Mesh) else None
-    return decide(tuple(x_shape), jnp.dtype(dtype), mesh=mesh, axis_name=axis_name, client=client)
+    names = axis_names(axis_name, mesh)
+    return decide(tuple(x_shape), jnp.dtype(dtype), mesh=mesh, names=names, client=client)
 
 
 def decide(
     x_shape: tuple[int, ...],
     dtype: np.dtype,
     *,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
-    axis_name: AxisName,
+    mesh: AnyMesh,
+    names: tuple[str, ...],
     client: object | None,
     manual_axes: frozenset[str] | None = None,
     forced: bool = False,
@@ -147,46 +159,83 @@ def decide(
     """:func:`fusion_support`, as the lowering asks it.
 
     Args:
+      x_shape: as there.
+      dtype: as there.
+      mesh: as there.
+      names: the axes of tensor parallelism.
       client: the JAX client whose devices will run the call; None if there is none, as when
         lowering for CUDA on a machine without it: then the devices are not checked.
       manual_axes: the mesh axes that are manual; None for all.
       forced: whether the kernel is wanted also where psum is expected to be as fast.
     """
-    message_bytes = math.prod(x_shape) * dtype.itemsize
+    ranks = _group_size(mesh, names)
+    message = _Message(x_shape, dtype)
+    if reason := next(_nothing_to_gain(message, ranks), None):
+        return Support(False, reason, deliberate=True)
     objections = itertools.chain(
-        _static_objections(x_shape, dtype, mesh, axis_name, manual_axes),
-        _machine_objections(mesh, axis_name, client),
-        _speed_objections(message_bytes) if not forced else (),
+        _static_objections(message, ranks, names),
+        _mesh_objections(mesh, manual_axes),
+        _machine_objections(client),
     )
-    reason = next(objections, None)
-    if reason is not None:
+    if reason := next(objections, None):
         return Support(False, reason)
-    size = axis_size(mesh, axis_name)
-    algorithm = choose_algorithm(size, message_bytes)
-    return Support(True, f"one {algorithm.replace('_', '-')} launch over {size} ranks", algorithm)
+    if message.bytes > PSUM_ABOVE_BYTES and not forced:
+        reason = (
+            f"x has {message.bytes} bytes on a rank, and above {PSUM_ABOVE_BYTES} psum is as fast; "
+            'implementation="cuda" runs the kernel all the same'
+        )
+        return Support(False, reason, deliberate=True)
+    algorithm = choose_algorithm(ranks, message.bytes)
+    return Support(True, f"one {algorithm.replace('_', '-')} launch over {ranks} ranks", algorithm)
 
 
-def _static_objections(x_shape, dtype, mesh, axis_name, manual_axes) -> Iterator[str]:
-    """What speaks against the kernel wherever the call runs."""
-    hidden = x_shape[-1]
-    message_bytes = math.prod(x_shape) * dtype.itemsize
+@dataclasses.dataclass(frozen=True)
+class _Message:
+    """x on one rank."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def static(self) -> bool:
+        return all(isinstance(size, int) for size in self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _nothing_to_gain(message: _Message, ranks: int) -> Iterator[str]:
+    """What makes psum the right choice."""
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
         yield f"switched off by {DISABLE_VARIABLE}"
-    if (size := axis_size(mesh, axis_name)) not in AXIS_SIZES:
-        name = _display(axis_name)
-        yield f"axis {name} must have 2, 4 or 8 ranks for the kernel, got {size}"
-    if dtype not in DTYPES:
-        yield f"x must be bfloat16, float16 or float32, got {dtype}"
+    if ranks == 1:
+        yield "the axis has one rank, so there is nothing to reduce"
+    if 0 in message.shape:
+        yield f"x of shape {message.shape} has no tokens"
+
+
+def _static_objections(message: _Message, ranks: int, names: tuple[str, ...]) -> Iterator[str]:
+    """What the kernel is not made for."""
+    if ranks not in AXIS_SIZES:
+        yield f"axis {' x '.join(map(repr, names))} must have 2, 4 or 8 ranks, got {ranks}"
+    if message.dtype not in DTYPES:
+        yield f"x must be bfloat16, float16 or float32, got {message.dtype}"
+    if not message.static:
+        yield f"x must have a static shape, got {message.shape}"
+    hidden = message.shape[-1]
     if hidden % 64 != 0 or not 256 <= hidden <= 16384:
         yield f"D must be a multiple of 64 from 256 to 16384, got {hidden}"
-    if message_bytes == 0:
-        yield f"x of shape {x_shape} has no tokens"
-    if message_bytes > MAX_MESSAGE_BYTES:
-        tokens = MAX_MESSAGE_BYTES // (hidden * dtype.itemsize)
+    if message.bytes > MAX_MESSAGE_BYTES:
+        tokens = MAX_MESSAGE_BYTES // (hidden * message.dtype.itemsize)
         yield (
-            f"x has {message_bytes} bytes on a rank, above the workspace cap of "
+            f"x has {message.bytes} bytes on a rank, above the workspace cap of "
             f"{MAX_MESSAGE_BYTES}; use at most {tokens} tokens a call"
         )
+
+
+def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Iterator[str]:
+    """What XLA would get wrong."""
     manual = set(mesh.axis_names) if manual_axes is None else manual_axes
     others = [name for name, size in mesh.shape.items() if size > 1 and name not in manual]
     if others:
@@ -196,7 +245,7 @@ def _static_objections(x_shape, dtype, mesh, axis_name, manual_axes) -> Iterator
         )
 
 
-def _machine_objections(mesh, axis_name, client) -> Iterator[str]:
+def _machine_objections(client: object | None) -> Iterator[str]:
     """What speaks against it on these devices, with this installation."""
     facts = None if client is None else device_facts(client)
     if facts is not None and facts.platform != "gpu":
@@ -212,39 +261,12 @@ def _machine_objections(mesh, axis_name, client) -> Iterator[str]:
         )
     if len(facts.kinds) > 1:
         yield f"devices must be alike, got {', '.join(facts.kinds)}"
-    if not _within_processes(mesh, axis_name, client):
-        yield (
-            f"axis {_display(axis_name)} spans hosts or processes; the kernel needs each replica "
-            "group inside one process"
-        )
+    if facts.processes > 1:
+        # What is below, and whether the extension was built, is known of this process alone.
+        yield f"the devices span {facts.processes} hosts or processes; the kernel needs one process"
     if not facts.nvlinked:
         yield "not every pair of GPUs has NVLink peer access (nvidia-smi topo -m)"
 
 
-def _speed_objections(message_bytes: int) -> Iterator[str]:
-    """What speaks against it although it could run."""
-    if message_bytes > PSUM_ABOVE_BYTES:
-        yield (
-            f"x has {message_bytes} bytes on a rank, and above {PSUM_ABOVE_BYTES} psum is as fast; "
-            'implementation="cuda" runs the kernel all the same'
-        )
-
-
-def _display(axis_name: AxisName) -> str:
-    return " x ".join(map(repr, axis_names(axis_name)))
-
-
-def axis_size(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axis_name: AxisName) -> int:
-    """The number of ranks in a replica group."""
-    return math.prod(mesh.shape[name] for name in axis_names(axis_name))
-
-
-def _within_processes(mesh, axis_name: AxisName, client) -> bool:
-    """Whether every replica group lies within one process."""
-    if len({d.process_index for d in client.devices()}) == 1:
-        return True
-    if not isinstance(mesh, jax.sharding.Mesh):  # devices unknown
-        return False
-    processes = np.array([d.process_index for d in mesh.devices.flat])
-    grouped = processes[replica_groups(mesh, axis_name)]
-    return bool((grouped == grouped[:, :1]).all())
+def _group_size(mesh: AnyMesh, names: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in names)

@@ -86,26 +86,33 @@ BAD = {
         TypeError,
         "must not be mixed",
     ),
-    "eps_zero": ({"eps": 0.0}, ValueError, "eps must be positive, got 0"),
-    "eps_negative": ({"eps": -1e-6}, ValueError, "eps must be positive, got -1e-06"),
-    "eps_nan": ({"eps": float("nan")}, ValueError, "eps must be finite, got nan"),
-    "eps_inf": ({"eps": float("inf")}, ValueError, "eps must be finite, got inf"),
+    "eps_zero": ({"eps": 0.0}, ValueError, "eps must be positive in float32, got 0"),
+    "eps_tiny": ({"eps": 1e-60}, ValueError, "eps must be positive in float32, got 0"),
+    "eps_negative": ({"eps": -1e-6}, ValueError, "eps must be positive in float32, got -"),
+    "eps_nan": ({"eps": float("nan")}, ValueError, "eps must be finite in float32, got nan"),
+    "eps_inf": ({"eps": float("inf")}, ValueError, "eps must be finite in float32, got inf"),
+    "eps_huge": ({"eps": 1e39}, ValueError, r"eps must be finite in float32, got 1e\+39"),
+    "eps_bool": ({"eps": True}, TypeError, "eps must be a static number, got bool"),
     "eps_text": ({"eps": "small"}, TypeError, "eps must be a static number, got str"),
     "scale_offset_nan": (
         {"scale_offset": float("nan")},
         ValueError,
-        "scale_offset must be finite, got nan",
+        "scale_offset must be finite in float32, got nan",
     ),
     "axis_unknown": (
         {"axis_name": "model"},
         ValueError,
-        r"axis_name must name manual axes of the mesh, which are \['tp'\] here, got 'model'",
+        r"axis_name must name one or several different axes of the mesh \('tp',\), got 'model'",
     ),
-    "axis_empty": ({"axis_name": ()}, ValueError, "axis_name must be one axis or several"),
+    "axis_empty": (
+        {"axis_name": ()},
+        ValueError,
+        "axis_name must name one or several different axes",
+    ),
     "axis_twice": (
         {"axis_name": ("tp", "tp")},
         ValueError,
-        "axis_name must be one axis or several",
+        "axis_name must name one or several different axes",
     ),
     "implementation": (
         {"implementation": "triton"},
@@ -173,7 +180,7 @@ def test_axis_not_manual(cpus):
 
 
 def test_vmap_axis_is_not_a_mesh_axis(mesh):
-    with pytest.raises(ValueError, match="axis_name must name manual axes"):
+    with pytest.raises(ValueError, match="axis_name must name one or several"):
         jax.eval_shape(
             jax.vmap(
                 functools.partial(jga.fused_post_ff, axis_name="batch"),
@@ -187,13 +194,40 @@ def test_vmap_axis_is_not_a_mesh_axis(mesh):
 
 
 def test_varying_residual(mesh):
-    with pytest.raises(ValueError, match=r"residual must be replicated .* varies over \['tp'\]"):
+    with pytest.raises(ValueError, match=r"residual must be replicated over axis_name.*\['tp'\]"):
         trace(mesh, residual=spec(8, 640), residual_spec=P("tp"))
+
+
+@pytest.mark.parametrize("name", ["norm_scale", "layer_scalar"])
+def test_varying_scales(mesh, name):
+    specs = {"norm_scale": P(), "layer_scalar": P()} | {name: P("tp")}
+    shapes = {"norm_scale": (640,), "layer_scalar": (1,)}
+    shapes[name] = (2 * shapes[name][0],)
+
+    def local(x, *others):
+        return jga.fused_post_ff(x[0], *others, axis_name="tp")
+
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("tp"), P(), *specs.values()), out_specs=P()
+    )
+    with pytest.raises(ValueError, match=rf"{name} must be replicated over axis_name"):
+        jax.eval_shape(mapped, spec(2, 4, 640), spec(4, 640), *(spec(*s) for s in shapes.values()))
+
+
+def test_x_varying_over_one_of_two_axes(cpus):
+    mesh = make_mesh((2, 2), ("a", "b"), cpus[:4])
+
+    def local(x, residual, norm_scale):
+        return jga.fused_post_ff(x[0], residual, norm_scale, axis_name=("a", "b"))
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("a"), P(), P()), out_specs=P())
+    with pytest.raises(ValueError, match=r"over all of \['a', 'b'\], got one varying over \['a'\]"):
+        jax.eval_shape(mapped, spec(2, 4, 640), spec(4, 640), spec(640))
 
 
 def test_reduced_x(mesh):
     """x that is replicated already would be summed N times over."""
-    with pytest.raises(ValueError, match="x must hold partial sums that vary"):
+    with pytest.raises(ValueError, match="x must hold partial sums, varying or unreduced"):
         trace(mesh, x_spec=P())
 
 
@@ -212,7 +246,7 @@ def test_cuda_on_cpu_says_why(mesh):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"axis_name": "model"}, "axis_name must name axes of the mesh"),
+        ({"axis_name": "model"}, "axis_name must name one or several different axes of the mesh"),
         ({"w_down": spec(60, 640)}, "must agree and be divisible by the 2 ranks .* 64 and 60"),
         (
             {"activations": spec(4, 63), "w_down": spec(63, 640)},
@@ -221,6 +255,13 @@ def test_cuda_on_cpu_says_why(mesh):
         ({"w_down": spec(64)}, r"w_down \[F, D\], got shapes \(4, 64\) and \(64,\)"),
         ({"residual": spec(5, 640)}, r"residual must have the shape \(4, 640\) .* got \(5, 640\)"),
         ({"token_spec": P(None, None)}, "token_spec must have at most 1 entries"),
+        ({"token_spec": P("tp")}, "token_spec must name axes of the mesh other than"),
+        ({"token_spec": P("model")}, "token_spec must name axes of the mesh other than"),
+        ({"w_down": spec(64, 640, dtype=F32)}, "must have one dtype.*bfloat16 and float32"),
+        (
+            {"activations": spec(4, 64, dtype=jnp.int32), "w_down": spec(64, 640, dtype=jnp.int32)},
+            "must have one dtype, bfloat16, float16 or float32, got int32 and int32",
+        ),
     ],
 )
 def test_down_proj_rejects(mesh, arguments, message):
@@ -234,7 +275,7 @@ def test_down_proj_rejects(mesh, arguments, message):
     arguments = good | arguments
     names = ("activations", "w_down", "residual", "norm_scale")
     operands = [arguments.pop(name) for name in names]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         jax.eval_shape(functools.partial(jga.down_proj_post_ff, mesh=mesh, **arguments), *operands)
 
 

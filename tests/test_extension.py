@@ -45,9 +45,8 @@ def test_import_without_extension():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert result.stdout == (
-        "runs as psum, the extension was not built (no nvcc when jax_gemma_arf was installed)\n"
-    )
+    assert result.stdout.startswith("runs as psum, the extension was not built (no nvcc at")
+    assert result.stdout.count("\n") == 1
 
 
 def test_caps_agree(built):
@@ -96,4 +95,4 @@ def test_report(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert f"jax_gemma_arf {jax_gemma_arf.__version__}" in out
     for model, hidden in report.GEMMA4_HIDDEN.items():
-        assert re.search(rf"{model} +D = {hidden}, +1 tokens", out)
+        assert re.search(rf"{model} +D = {hidden}, +1 tokens: (kernel|psum) +\(.+\)", out)

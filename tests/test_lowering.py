@@ -118,15 +118,48 @@ def test_unsupported_width_falls_back(mesh):
         lowered(mesh, shape=(4, 1000), implementation="cuda")
 
 
-@pytest.mark.parametrize(("ranks", "level"), [(1, "INFO"), (3, "WARNING")])
-def test_fallback_on_cuda_is_a_warning(cpus, caplog, ranks, level):
-    """Unless there is nothing to reduce."""
-    lowering._log_fallback.cache_clear()
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((4, 5376), 1, "INFO"),
+        ((0, 5376), 2, "INFO"),
+        ((2048, 5376), 2, "INFO"),
+        ((4, 5376), 3, "WARNING"),
+        ((4, 1000), 2, "WARNING"),
+    ],
+)
+def test_fallback_on_cuda_is_a_warning(cpus, caplog, monkeypatch, case):
+    """Unless psum is what is wanted."""
+    shape, ranks, level = case
+    monkeypatch.setattr(lowering, "_logged", set())
     caplog.set_level("INFO", "jax_gemma_arf")
-    assert counts(lowered(make_mesh((ranks,), ("tp",), cpus[:ranks])))[0] == 0
-    (record,) = caplog.records
-    assert record.levelname == level
-    assert f"axis 'tp' must have 2, 4 or 8 ranks for the kernel, got {ranks}" in record.message
+    mesh = make_mesh((ranks,), ("tp",), cpus[:ranks])
+    assert counts(lowered(mesh, shape=shape))[0] == 0
+    assert [record.levelname for record in caplog.records] == [level]
+
+
+def test_reasons_are_logged_once_whatever_their_numbers(mesh, caplog, monkeypatch):
+    monkeypatch.setattr(lowering, "_logged", set())
+    caplog.set_level("INFO", "jax_gemma_arf")
+    for hidden in (1000, 1001, 1002):
+        lowered(mesh, shape=(4, hidden))
+    assert len(caplog.records) == 1
+
+
+def test_symbolic_shape_falls_back(mesh):
+    """Exported with a batch size that is not known yet."""
+
+    def local(x, residual, norm_scale):
+        return jga.fused_post_ff(x[0], residual, norm_scale, axis_name="tp")
+
+    mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P()))
+    (tokens,) = jax.export.symbolic_shape("b")
+    operands = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((2, tokens, 640), (tokens, 640), (640,))
+    ]
+    exported = jax.export.export(mapped, platforms=("cuda",))(*operands)
+    assert counts(exported.mlir_module()) == (0, 1)
 
 
 def test_switch(mesh, monkeypatch):

@@ -112,9 +112,9 @@ def test_groups_do_not_mix(require_gpus):
 
 
 def test_error_reaches_every_rank(tp):
-    """Hazards 10 and 15: a message above the cap fails in Initialize on all ranks, without a hang,
+    """Hazard 15: a message above the cap fails in Initialize on all ranks, without a hang,
     and the next call works."""
-    groups = support.replica_groups(tp, "tp")
+    groups = support.replica_groups(tp, ("tp",))
     attributes = lowering.ffi_attributes("two_shot", groups, 1e-6, 0.0)
     tokens = support.MAX_MESSAGE_BYTES // (2 * 5376) + 1
     result = jax.ShapeDtypeStruct((tokens, 5376), BF16)

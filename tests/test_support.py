@@ -15,11 +15,11 @@ from jax_gemma_arf import extension, fusion_support, support
 class FakeClient:
     """A client with GPUs, as the decision sees them."""
 
-    def __init__(self, processes=(0, 0, 0, 0), capability="9.0", kinds=("H100",)):
+    def __init__(self, processes=(0, 0, 0, 0), capabilities=("9.0",), kinds=("H100",)):
         self._devices = [
             types.SimpleNamespace(
                 platform="gpu",
-                compute_capability=capability,
+                compute_capability=capabilities[i % len(capabilities)],
                 device_kind=kinds[i % len(kinds)],
                 process_index=process,
                 client=self,
@@ -35,7 +35,7 @@ class FakeClient:
 def nvlinked(monkeypatch):
     """An extension that finds all devices linked; settable to not."""
     fake = types.SimpleNamespace(linked=True)
-    fake.nvlink_peers = lambda: [[True, fake.linked], [fake.linked, True]]
+    fake.nvlink_peers = lambda: [[True, True], [fake.linked, True]]
     monkeypatch.setattr(extension, "load", lambda: fake)
     monkeypatch.setattr(extension, "why_missing", lambda: None)
     return fake
@@ -44,9 +44,9 @@ def nvlinked(monkeypatch):
 ABSTRACT = jax.sharding.AbstractMesh((2, 2), ("data", "tp"))
 
 
-def decide(shape=(1, 5376), dtype=jnp.bfloat16, mesh=ABSTRACT, axis_name="tp", **options):
+def decide(shape=(1, 5376), dtype=jnp.bfloat16, mesh=ABSTRACT, **options):
     options = {"client": FakeClient()} | options
-    return support.decide(shape, jnp.dtype(dtype), mesh=mesh, axis_name=axis_name, **options)
+    return support.decide(shape, jnp.dtype(dtype), mesh=mesh, names=("tp",), **options)
 
 
 def test_accepts(nvlinked):
@@ -59,35 +59,48 @@ def test_accepts(nvlinked):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"mesh": jax.sharding.AbstractMesh((3,), ("tp",))}, "must have 2, 4 or 8 ranks.*got 3"),
-        ({"mesh": jax.sharding.AbstractMesh((1,), ("tp",))}, "must have 2, 4 or 8 ranks.*got 1"),
+        ({"mesh": jax.sharding.AbstractMesh((3,), ("tp",))}, "axis 'tp' must have 2, 4.*got 3"),
         ({"dtype": jnp.float64}, "x must be bfloat16, float16 or float32, got float64"),
         ({"shape": (1, 64)}, "D must be a multiple of 64 from 256 to 16384, got 64"),  # hazard 2
         ({"shape": (1, 1000)}, "D must be a multiple of 64.*got 1000"),
         ({"shape": (1, 32768)}, "D must be a multiple of 64.*got 32768"),
-        ({"shape": (0, 640)}, "no tokens"),
         ({"shape": (30000, 5376)}, "above the workspace cap.*at most 24966 tokens"),
         ({"manual_axes": frozenset({"tp"})}, r"mesh axes \['data'\] are not manual"),
-        ({"client": FakeClient(capability="8.0")}, "compute capability.*got 8.0"),
+        ({"client": FakeClient(capabilities=("8.0", "9.0"))}, "compute capability.*got 8.0, 9.0"),
         ({"client": FakeClient(kinds=("H100", "H200"))}, "devices must be alike, got H100, H200"),
-        ({"client": FakeClient(processes=(0, 0, 1, 1))}, "spans hosts or processes"),
+        ({"client": FakeClient(processes=(0, 0, 1, 1))}, "span 2 hosts or processes"),
     ],
 )
 def test_reasons(nvlinked, arguments, reason):
     decision = decide(**arguments)
     assert not decision
+    assert not decision.deliberate
     assert decision.algorithm is None
     assert re.search(reason, decision.reason), decision.reason
+
+
+def test_caps_are_inclusive(nvlinked):
+    limit = support.MAX_MESSAGE_BYTES
+    assert decide((limit // 1280, 640), forced=True).ok
+    assert not decide((limit // 1280 + 1, 640), forced=True).ok
+    assert decide((support.PSUM_ABOVE_BYTES // 1280, 640)).ok
 
 
 def test_large_messages_are_left_to_psum(nvlinked):
     """Where psum measured as fast, unless the kernel is asked for."""
     tokens = support.PSUM_ABOVE_BYTES // (2 * 5376)
-    assert decide((tokens, 5376)).ok
     decision = decide((tokens + 1, 5376))
-    assert not decision.ok
+    assert decision.deliberate
     assert "psum is as fast" in decision.reason
     assert decide((tokens + 1, 5376), forced=True).algorithm == "two_shot"
+
+
+def test_nothing_to_reduce(nvlinked):
+    one = jax.sharding.AbstractMesh((1, 2), ("tp", "data"))
+    assert decide(mesh=one).reason == "the axis has one rank, so there is nothing to reduce"
+    assert decide((0, 640)).reason == "x of shape (0, 640) has no tokens"
+    assert decide(mesh=one).deliberate
+    assert decide((0, 640)).deliberate
 
 
 def test_cpu_platform(mesh):
@@ -113,20 +126,24 @@ def test_switched_off(nvlinked, monkeypatch):
     assert decide().ok
 
 
-def test_unknown_axis():
-    with pytest.raises(ValueError, match="axis_name must name axes of the mesh"):
-        fusion_support((1, 640), jnp.bfloat16, mesh=ABSTRACT, axis_name="model")
+@pytest.mark.parametrize("axis_name", ["model", (), ("tp", "tp"), ("tp", "model"), None, 5])
+def test_unknown_axis(axis_name):
+    with pytest.raises(ValueError, match="axis_name must name one or several different axes"):
+        fusion_support((1, 640), jnp.bfloat16, mesh=ABSTRACT, axis_name=axis_name)
+
+
+def test_no_last_axis():
     with pytest.raises(ValueError, match="x must have a last axis"):
         fusion_support((), jnp.bfloat16, mesh=ABSTRACT, axis_name="tp")
 
 
-@pytest.mark.parametrize("axis_size", support.AXIS_SIZES)
-def test_algorithm_rule(axis_size):
+@pytest.mark.parametrize("ranks", support.AXIS_SIZES)
+def test_algorithm_rule(ranks):
     """One-shot up to the documented bytes, two-shot from the next size on."""
-    limit = support.ONE_SHOT_MAX_BYTES[axis_size]
-    assert support.choose_algorithm(axis_size, 1) == "one_shot"
-    assert support.choose_algorithm(axis_size, limit) == "one_shot"
-    assert support.choose_algorithm(axis_size, limit + 1) == "two_shot"
+    limit = support.ONE_SHOT_MAX_BYTES[ranks]
+    assert support.choose_algorithm(ranks, 1) == "one_shot"
+    assert support.choose_algorithm(ranks, limit) == "one_shot"
+    assert support.choose_algorithm(ranks, limit + 1) == "two_shot"
 
 
 def test_replica_groups():
@@ -134,10 +151,11 @@ def test_replica_groups():
     data_tp = jax.sharding.AbstractMesh((2, 4), ("data", "tp"))
     tp_data = jax.sharding.AbstractMesh((4, 2), ("tp", "data"))
     cube = jax.sharding.AbstractMesh((2, 2, 2), ("a", "b", "c"))
-    for mesh, axis_name, groups in (
-        (data_tp, "tp", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        (tp_data, "tp", [[0, 2, 4, 6], [1, 3, 5, 7]]),
-        (cube, "b", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    for mesh, names, groups in (
+        (data_tp, ("tp",), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (tp_data, ("tp",), [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (cube, ("b",), [[0, 2], [1, 3], [4, 6], [5, 7]]),
         (cube, ("a", "c"), [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        (cube, ("c", "a"), [[0, 4, 1, 5], [2, 6, 3, 7]]),
     ):
-        np.testing.assert_array_equal(support.replica_groups(mesh, axis_name), groups)
+        np.testing.assert_array_equal(support.replica_groups(mesh, names), groups)

@@ -51,8 +51,8 @@ def tp_call(mesh, *, check_vma=True, **options):
     )
 
 
-def unsharded(x, residual, norm_scale, layer_scalar):
-    return post_ff_tail(x.sum(0), residual, norm_scale, layer_scalar)
+def unsharded(x, residual, norm_scale, layer_scalar, **options):
+    return post_ff_tail(x.sum(0), residual, norm_scale, layer_scalar, **options)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -141,7 +141,8 @@ def test_grad(devices, axis_type, check_vma):
     mesh = tp_mesh(devices, axis_type)
     operands = make_inputs(CASE, len(devices)).operands()
     placed = put(mesh, operands, (P("tp"), P(), P(), P()))
-    call = tp_call(mesh, check_vma=check_vma)
+    options = {"eps": 0.1, "scale_offset": 1.0}
+    call = tp_call(mesh, check_vma=check_vma, **options)
 
     def loss(function, *operands):
         return jnp.sum(jnp.sin(function(*operands)))
@@ -149,10 +150,55 @@ def test_grad(devices, axis_type, check_vma):
     argnums = (1, 2, 3, 4)
     got = jax.jit(jax.grad(loss, argnums), static_argnums=0)(call, *placed)
     remat = jax.jit(jax.grad(loss, argnums), static_argnums=0)(jax.checkpoint(call), *placed)
-    want = jax.grad(loss, argnums)(unsharded, *map(jnp.asarray, operands))
+    exact = functools.partial(unsharded, **options)
+    want = jax.grad(loss, argnums)(exact, *map(jnp.asarray, operands))
     for one, two, three in zip(got, remat, want):
         np.testing.assert_allclose(one, three, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(two, three, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual_spec", [P("data"), P()], ids=str)
+def test_types(cpus, residual_spec):
+    """What the result varies over, and that gradients of operands that do not vary are summed."""
+    mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4])
+    sharded = residual_spec == P("data")
+    x, norm_scale = np.ones((2, 4, 640), F32), np.full(640, 0.5, F32)
+    residual = np.ones((4 if sharded else 2, 640), F32)
+
+    def local(x, residual, norm_scale):
+        def loss(residual, norm_scale):
+            out = jga.fused_post_ff(x[0], residual, norm_scale, axis_name="tp")
+            assert jax.typeof(out).manual_axis_type.varying == {"data"}
+            assert not jax.typeof(out).weak_type
+            return jax.lax.psum(jnp.sum(out * out), "data")
+
+        return jax.grad(loss, (0, 1))(residual, norm_scale)
+
+    def unsharded_loss(residual, norm_scale):
+        full = residual if sharded else jnp.concatenate([residual] * 2)
+        out = post_ff_tail(jnp.asarray(x.sum(0)), full, norm_scale)
+        return jnp.sum(out * out)
+
+    specs = (P("tp", "data"), residual_spec, P())
+    call = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(residual_spec, P()))
+    got = jax.jit(call)(x, residual, norm_scale)
+    want = jax.grad(unsharded_loss, (0, 1))(jnp.asarray(residual), jnp.asarray(norm_scale))
+    for one, two in zip(got, want):
+        np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_python_scalar_under_x64(mesh):
+    operands = make_inputs(CASE, 2).operands()[:3]
+
+    def local(x, *others):
+        return jga.fused_post_ff(x[0], *others, 0.5, axis_name="tp")
+
+    call = jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P())
+    with jax.enable_x64(True):
+        out = jax.jit(call)(*operands)
+    want = unsharded(*map(jnp.asarray, operands), jnp.float32(0.5))
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    assert out.dtype == F32
 
 
 def test_scan_and_while(devices):
@@ -219,9 +265,7 @@ def test_vmap_over_a_scale_needs_the_reference(mesh):
 
     call = jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P())
     operands = np.ones((2, 4, 640), F32), np.ones((4, 640), F32), np.ones((3, 640), F32)
-    with pytest.raises(
-        ValueError, match="needs norm_scale and layer_scalar without a vmapped axis"
-    ):
+    with pytest.raises(NotImplementedError, match="norm_scale or layer_scalar has a vmapped axis"):
         jax.eval_shape(call, *operands)
 
 
@@ -275,20 +319,41 @@ def test_down_proj(devices, axis_type, token_spec):
     norm_scale, layer_scalar = np.ones(640, np.float32), np.float32(0.5)
     specs = (P("data", None, "tp"), P("tp", None), P("data"), P(), P())
     placed = put(mesh, (activations, w_down, residual, norm_scale, layer_scalar), specs)
+    options = {"eps": 0.1, "scale_offset": 1.0}
     call = jax.jit(
-        functools.partial(jga.down_proj_post_ff, mesh=mesh, axis_name="tp", token_spec=token_spec)
+        functools.partial(
+            jga.down_proj_post_ff, mesh=mesh, axis_name="tp", token_spec=token_spec, **options
+        )
     )
     out = call(*placed)
-    want = post_ff_tail(
-        jnp.asarray(activations @ w_down), residual, norm_scale, jnp.asarray(layer_scalar)
-    )
+    product = jnp.asarray(activations @ w_down)
+    want = post_ff_tail(product, residual, norm_scale, jnp.asarray(layer_scalar), **options)
     np.testing.assert_allclose(out, want, rtol=2e-4, atol=2e-4)
     if token_spec is not None or axis_type == AxisType.Explicit:
         assert out.sharding.spec[0] == "data"
 
 
-def test_fallback_is_logged_once_per_reason(mesh, caplog):
-    lowering._log_fallback.cache_clear()
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_down_proj_reshards(cpus, axis_type):
+    """Operands that are sharded otherwise are gathered or sliced; implementation is passed on."""
+    mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4], axis_type)
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s, np.float32) for s in ((4, 64), (64, 640), (4, 640), (640,))]
+    want = post_ff_tail(jnp.asarray(arrays[0] @ arrays[1]), *arrays[2:])
+    for specs in (
+        (P(), P(), P(), P()),
+        (P("data", "tp"), P("tp", "data"), P("data"), P("tp")),
+        (P("tp"), P(None, "tp"), P("tp", "data"), P()),
+    ):
+        placed = put(mesh, arrays, specs)
+        call = functools.partial(jga.down_proj_post_ff, mesh=mesh, axis_name="tp")
+        np.testing.assert_allclose(jax.jit(call)(*placed), want, rtol=2e-4, atol=2e-4)
+    with pytest.raises(NotImplementedError, match="platform is cpu"):
+        jax.jit(functools.partial(call, implementation="cuda"))(*placed)
+
+
+def test_fallback_is_logged_once_per_reason(mesh, caplog, monkeypatch):
+    monkeypatch.setattr(lowering, "_logged", set())
     caplog.set_level(logging.INFO, "jax_gemma_arf")
     operands = make_inputs(CASE, 2).operands()
     for _ in range(2):
