@@ -1,6 +1,7 @@
 # Finds FlashInfer's headers and sets FLASHINFER_INCLUDE_DIRS: FLASHINFER_INCLUDE_DIR if given, else
 # an installed flashinfer-python of the pinned version, else that wheel, downloaded with its hash
 # checked and without its dependencies (no torch), of which include/ and spdlog/ are unpacked.
+set(flashinfer_header "flashinfer/comm/trtllm_allreduce_fusion.cuh")
 set(FLASHINFER_SHA256 bfdc18b9e1e4d8d0730fe4343dc0e284cd0c160086de80f99888bc4867922d49)
 
 if(NOT FLASHINFER_INCLUDE_DIR)
@@ -8,13 +9,16 @@ if(NOT FLASHINFER_INCLUDE_DIR)
     COMMAND "${Python_EXECUTABLE}" -c
             "import importlib.metadata as m; d = m.distribution('flashinfer-python'); \
 print(d.locate_file('flashinfer/data/include') if d.version == '${FLASHINFER_VERSION}' else '')"
-    OUTPUT_VARIABLE FLASHINFER_INCLUDE_DIR OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    OUTPUT_VARIABLE installed_dir OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  if(EXISTS "${installed_dir}/${flashinfer_header}")
+    set(FLASHINFER_INCLUDE_DIR "${installed_dir}")
+  endif()
 endif()
 
 if(NOT FLASHINFER_INCLUDE_DIR)
   set(flashinfer_dir "${CMAKE_BINARY_DIR}/flashinfer-${FLASHINFER_VERSION}")
   set(FLASHINFER_INCLUDE_DIR "${flashinfer_dir}/flashinfer/data/include")
-  if(NOT EXISTS "${FLASHINFER_INCLUDE_DIR}/flashinfer")
+  if(NOT EXISTS "${FLASHINFER_INCLUDE_DIR}/${flashinfer_header}")
     message(STATUS "Downloading the headers of flashinfer-python ${FLASHINFER_VERSION}")
     file(WRITE "${flashinfer_dir}/requirements.txt"
          "flashinfer-python==${FLASHINFER_VERSION} --hash=sha256:${FLASHINFER_SHA256}\n")
@@ -30,11 +34,12 @@ if(NOT FLASHINFER_INCLUDE_DIR)
   endif()
 endif()
 
-if(NOT EXISTS "${FLASHINFER_INCLUDE_DIR}/flashinfer/comm/trtllm_allreduce_fusion.cuh")
-  message(FATAL_ERROR "FLASHINFER_INCLUDE_DIR must hold flashinfer/comm/trtllm_allreduce_fusion.cuh, "
-                      "got ${FLASHINFER_INCLUDE_DIR}; leave it unset to download the headers")
+if(NOT EXISTS "${FLASHINFER_INCLUDE_DIR}/${flashinfer_header}")
+  message(FATAL_ERROR "FLASHINFER_INCLUDE_DIR must hold ${flashinfer_header}, got "
+                      "${FLASHINFER_INCLUDE_DIR}; leave it unset to download the headers")
 endif()
-# spdlog lies beside include/ in the wheel, and beside it or inside it elsewhere.
-set(FLASHINFER_INCLUDE_DIRS "${FLASHINFER_INCLUDE_DIR}"
-                            "${FLASHINFER_INCLUDE_DIR}/../spdlog/include")
+find_path(SPDLOG_INCLUDE_DIR spdlog/spdlog.h REQUIRED
+          HINTS "${FLASHINFER_INCLUDE_DIR}/../spdlog/include"              # the wheel
+                "${FLASHINFER_INCLUDE_DIR}/../3rdparty/spdlog/include")    # a source checkout
+set(FLASHINFER_INCLUDE_DIRS "${FLASHINFER_INCLUDE_DIR}" "${SPDLOG_INCLUDE_DIR}")
 message(STATUS "FlashInfer headers: ${FLASHINFER_INCLUDE_DIR}")

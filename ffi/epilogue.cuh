@@ -90,10 +90,10 @@ __device__ __forceinline__ void StoreFromFloat(const float (&values)[kCount], vo
 
 // Sum over the threads that hold one row: one block, or a cluster of blocks.
 //
-// The order of the additions depends on hidden_dim alone, so a row's result does not depend on how
-// many rows share the launch, on its place among them, or on one-shot versus two-shot. The partial
-// sums are double buffered: one barrier a row is enough, since a buffer is written again only after
-// the barrier of the row in between.
+// The order of the additions depends on hidden_dim and T alone, so a row's result does not depend
+// on how many rows share the launch, on its place among them, or on one-shot versus two-shot. The
+// partial sums are double buffered: one barrier a row is enough, since a buffer is written again
+// only after the barrier of the row in between.
 class RowSum {
  public:
   __device__ __forceinline__ float operator()(float value) {

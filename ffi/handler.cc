@@ -12,12 +12,14 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "errors.h"
 #include "kernels.h"
 #include "nccl_exchange.h"
 #include "workspace.h"
@@ -33,40 +35,26 @@ using ffi::ErrorOr;
 
 using Groups = std::vector<std::vector<int64_t>>;
 
-Error Invalid(const std::string& message) {
-  return Error::InvalidArgument("jax_gemma_arf: " + message);
-}
-
-Error Check(cudaError_t error, const std::string& what) {
-  if (error == cudaSuccess) return Error::Success();
-  (void)cudaGetLastError();
-  return Error::Internal("jax_gemma_arf: " + what + ": " + cudaGetErrorString(error));
-}
-
-// Calls to a device made here must reach the stream's device, whatever the thread had current.
-class ScopedDevice {
- public:
-  explicit ScopedDevice(cudaStream_t stream) {
-    int device = -1;
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess) error_ = cudaStreamGetDevice(stream, &device);
-    if (error_ == cudaSuccess) error_ = cudaSetDevice(device);
-  }
-  ~ScopedDevice() { (void)cudaSetDevice(previous_); }
-  Error status() const { return Check(error_, "finding the stream's device"); }
-
- private:
-  cudaError_t error_;
-  int previous_ = 0;
-};
-
-// The ranks of one workspace that this device holds: one of a mesh, or all in loopback, where each
-// rank but the first has a stream of its own, forked from and joined to XLA's.
+// A workspace's parts on one device. In loopback each rank but the first has a stream of its own,
+// forked from and joined to XLA's.
 struct Parts {
-  std::vector<std::unique_ptr<RankWorkspace>> ranks;
+  Workspace ranks;
   std::vector<cudaStream_t> streams;
   std::vector<cudaEvent_t> joins;
   cudaEvent_t fork = nullptr;
+
+  // Makes the streams and events for all ranks but the first.
+  cudaError_t Fork() {
+    if (ranks.size() < 2) return cudaSuccess;
+    streams.resize(ranks.size() - 1);
+    joins.resize(ranks.size() - 1);
+    cudaError_t error = cudaEventCreateWithFlags(&fork, cudaEventDisableTiming);
+    for (size_t i = 0; i < streams.size() && error == cudaSuccess; ++i) {
+      error = cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking);
+      if (error == cudaSuccess) error = cudaEventCreateWithFlags(&joins[i], cudaEventDisableTiming);
+    }
+    return error;
+  }
 };
 
 // Lives until the process ends: CUDA graphs and peers hold the addresses.
@@ -142,8 +130,9 @@ ErrorOr<std::unique_ptr<Call>> Instantiate(std::string_view algorithm, int64_t a
                    ", got " + std::to_string(replica_groups.size()) + " ids");
   }
   if (!(eps > 0) || !std::isfinite(eps) || !std::isfinite(scale_offset)) {
-    return Invalid("eps must be positive and finite and scale_offset finite, got " +
-                   std::to_string(eps) + " and " + std::to_string(scale_offset));
+    std::ostringstream numbers;
+    numbers << eps << " and " << scale_offset;
+    return Invalid("eps must be positive and finite and scale_offset finite, got " + numbers.str());
   }
   if (max_ctas != 0 && (max_ctas < 8 || max_ctas > kMaxCtas)) {
     return Invalid("max_ctas must be 0 or from 8 to " + std::to_string(kMaxCtas) + ", got " +
@@ -177,6 +166,9 @@ ErrorOr<Operand> OperandOf(const AnyBuffer& buffer, const char* name, int64_t el
   }
   ErrorOr<Dtype> dtype = DtypeOf(buffer, name);
   if (dtype.has_error()) return dtype.error();
+  if (elements > 1 && reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16 != 0) {
+    return Invalid(std::string(name) + " must be aligned to 16 bytes");  // read 16 bytes at once
+  }
   return Operand{buffer.untyped_data(), *dtype};
 }
 
@@ -214,7 +206,7 @@ ErrorOr<Message> MessageOf(const Call& call, const AnyBuffer& x, int64_t ranks) 
                  bytes};
 }
 
-// Finds or creates the workspace for `ranks`, and remembers it for Execute.
+// Agrees with the other ranks on a workspace, found or created, and remembers it for Execute.
 Error MakeReady(Call& call, int32_t device, void* communicator, const AnyBuffer& x,
                 const std::vector<int>& ranks, PeerExchange& exchange) {
   ErrorOr<Message> message = MessageOf(call, x, ranks.size());
@@ -224,42 +216,26 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const AnyBuffer&
 
   const Registry::Key key(communicator, device, spec->key());
   const Parts* parts = Registry::Get().Find(key);
+  ErrorOr<Agreement> agreement = Agree(*spec, message->kind, message->hidden, ranks,
+                                       parts == nullptr ? nullptr : &parts->ranks, exchange);
+  if (agreement.has_error()) return agreement.error();
   if (parts == nullptr) {
     auto created = std::make_unique<Parts>();
-    auto workspace = CreateWorkspace(*spec, ranks, exchange);
-    if (workspace.has_error()) return workspace.error();
-    created->ranks = std::move(*workspace);
-    cudaError_t error = cudaSuccess;
-    if (ranks.size() > 1) {
-      error = cudaEventCreateWithFlags(&created->fork, cudaEventDisableTiming);
+    created->ranks = std::move(agreement->created);
+    if (const std::string failure = Describe(created->Fork(), "creating streams and events");
+        !failure.empty()) {
+      return Internal(failure);
     }
-    created->streams.resize(ranks.size() - 1);
-    created->joins.resize(ranks.size() - 1);
-    for (size_t i = 0; i + 1 < ranks.size(); ++i) {
-      if (error == cudaSuccess) {
-        error = cudaStreamCreateWithFlags(&created->streams[i], cudaStreamNonBlocking);
-      }
-      if (error == cudaSuccess) {
-        error = cudaEventCreateWithFlags(&created->joins[i], cudaEventDisableTiming);
-      }
-    }
-    if (error != cudaSuccess) return Check(error, "creating streams and events");
     parts = Registry::Get().Insert(key, std::move(created));
   }
 
   // All blocks of all ranks on a device must be resident together: they wait for each other.
-  int resident = 0;
-  if (Error error = Check(ResidentCtas(message->kind, message->hidden, &resident),
-                          "asking for the occupancy");
-      error.failure()) {
-    return error;
-  }
-  int max_ctas = std::min<int>(resident / ranks.size(), kMaxCtas);
+  int max_ctas = std::min<int>(agreement->resident_ctas / ranks.size(), kMaxCtas);
   if (call.max_ctas > 0) max_ctas = std::min(max_ctas, call.max_ctas);
   if (max_ctas < 8) {
-    return Error::Internal("jax_gemma_arf: the device holds " + std::to_string(resident) +
-                           " blocks of this kernel, too few for " + std::to_string(ranks.size()) +
-                           " ranks of at least 8");
+    return Internal("the device holds " + std::to_string(agreement->resident_ctas) +
+                    " blocks of this kernel, too few for " + std::to_string(ranks.size()) +
+                    " ranks of at least 8");
   }
   const std::lock_guard<std::mutex> lock(call.mutex);
   call.ready[device] = Ready{parts, max_ctas};
@@ -267,38 +243,32 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const AnyBuffer&
 }
 
 // The external flavour of XLA's collectives extension. The struct only ever grows at its end.
-struct Collectives : ffi::internal::CollectivesExtensionBase<
-                         ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy>> {
+using CommunicatorContext = ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy>;
+struct Collectives : ffi::internal::CollectivesExtensionBase<CommunicatorContext> {
   static bool Support(int32_t major, int32_t minor) { return major == 0 && minor >= 1; }
 };
 
 // XLA's default communicator for a group, which its own collectives use too.
 constexpr int64_t kCommunicationId = 0;
 
-Error PrepareMesh(ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy> collectives,
-                  Call* call) {
+Error PrepareMesh(CommunicatorContext collectives, Call* call) {
   return collectives.RequestCommunicator(ffi::GroupMode::kFlattenedId, call->groups,
                                          kCommunicationId);
 }
 
-Error InitializeMesh(cudaStream_t stream, int32_t device,
-                     ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy> collectives,
-                     Call* call, AnyBuffer x, ffi::RemainingArgs) {
+Error InitializeMesh(int32_t device, CommunicatorContext collectives, Call* call, AnyBuffer x,
+                     ffi::RemainingArgs) {
   if (call->FindReady(device) != nullptr) return Error::Success();
-  const ScopedDevice scope(stream);
-  if (Error error = scope.status(); error.failure()) return error;
-
   auto communicator =
       collectives.GetCommunicator(ffi::GroupMode::kFlattenedId, call->groups, kCommunicationId);
   if (communicator.has_error()) return communicator.error();
-  ErrorOr<CommunicatorInfo> info = DescribeCommunicator(*communicator);
-  if (info.has_error()) return info.error();
-  if (info->size != call->nranks) {
-    return Error::Internal("jax_gemma_arf: XLA's communicator has " + std::to_string(info->size) +
-                           " ranks where the replica groups have " + std::to_string(call->nranks));
+  auto exchange = NcclExchange::Create(*communicator);
+  if (exchange.has_error()) return exchange.error();
+  if ((*exchange)->size() != call->nranks) {
+    return Internal("XLA's communicator has " + std::to_string((*exchange)->size()) +
+                    " ranks where the replica groups have " + std::to_string(call->nranks));
   }
-  NcclExchange exchange(*communicator, info->size);
-  return MakeReady(*call, device, *communicator, x, {info->rank}, exchange);
+  return MakeReady(*call, device, *communicator, x, {(*exchange)->rank()}, **exchange);
 }
 
 // All ranks are this thread's, so their records are all there are.
@@ -310,11 +280,11 @@ class LoopbackExchange : public PeerExchange {
   }
 };
 
-Error InitializeLoopback(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x,
-                         ffi::RemainingArgs) {
+Error InitializeLoopback(int32_t device, Call* call, AnyBuffer x, ffi::RemainingArgs) {
+  // No communicator orders two threads here, and only one may create.
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
   if (call->FindReady(device) != nullptr) return Error::Success();
-  const ScopedDevice scope(stream);
-  if (Error error = scope.status(); error.failure()) return error;
   std::vector<int> ranks(call->nranks);
   std::iota(ranks.begin(), ranks.end(), 0);
   LoopbackExchange exchange;
@@ -327,8 +297,7 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x, AnyB
               AnyBuffer norm_scale, ffi::RemainingArgs rest, ffi::Result<AnyBuffer> out) {
   const Ready* ready = call->FindReady(device);
   if (ready == nullptr) {
-    return Error::Internal("jax_gemma_arf: Execute before Initialize on device " +
-                           std::to_string(device));
+    return Internal("Execute before Initialize on device " + std::to_string(device));
   }
   const Parts& parts = *ready->parts;
   const int64_t ranks = parts.ranks.size();
@@ -336,11 +305,12 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x, AnyB
   if (message.has_error()) return message.error();
   const WorkspaceSpec& spec = parts.ranks[0]->spec();
   if (message->bytes > spec.capacity_bytes || ItemSize(message->kind.dtype) != spec.item_size) {
-    return Error::Internal("jax_gemma_arf: a message of " + std::to_string(message->bytes) +
-                           " bytes does not fit its workspace of " +
-                           std::to_string(spec.capacity_bytes));
+    return Internal("a message of " + std::to_string(message->bytes) +
+                    " bytes does not fit its workspace of " + std::to_string(spec.capacity_bytes));
   }
   const int64_t elements = int64_t{message->tokens} * message->hidden;
+  ErrorOr<Operand> x_operand = OperandOf(x, "x", elements * ranks);
+  if (x_operand.has_error()) return x_operand.error();
   ErrorOr<Operand> residual_operand = OperandOf(residual, "residual", elements);
   if (residual_operand.has_error()) return residual_operand.error();
   ErrorOr<Operand> scale_operand = OperandOf(norm_scale, "norm_scale", message->hidden);
@@ -373,7 +343,7 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x, AnyB
         message->hidden,
         ready->max_ctas,
         workspace.table(),
-        static_cast<const char*>(x.untyped_data()) + i * message->bytes,
+        static_cast<const char*>(x_operand->data) + i * message->bytes,
         {*residual_operand, *scale_operand, layer_scalar,
          static_cast<char*>(out->untyped_data()) + i * elements * ItemSize(out_operand->dtype),
          call->eps, call->scale_offset}};
@@ -384,8 +354,9 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x, AnyB
   for (int64_t i = 1; i < ranks && error == cudaSuccess; ++i) {
     error = cudaStreamWaitEvent(stream, parts.joins[i - 1]);
   }
-  return Check(error, "launching for " + std::to_string(message->tokens) + " tokens of " +
-                          std::to_string(message->hidden));
+  if (error == cudaSuccess) return Error::Success();
+  return Internal(Describe(error, "launching for " + std::to_string(message->tokens) +
+                                      " tokens of " + std::to_string(message->hidden)));
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
@@ -403,7 +374,6 @@ XLA_FFI_DEFINE_HANDLER(
 
 XLA_FFI_DEFINE_HANDLER(kInitializeMesh, InitializeMesh,
                        ffi::Ffi::BindInitialize()
-                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Ctx<ffi::Extension<Collectives>>()
                            .Ctx<ffi::State<Call>>()
@@ -412,7 +382,6 @@ XLA_FFI_DEFINE_HANDLER(kInitializeMesh, InitializeMesh,
 
 XLA_FFI_DEFINE_HANDLER(kInitializeLoopback, InitializeLoopback,
                        ffi::Ffi::BindInitialize()
-                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Ctx<ffi::State<Call>>()
                            .Arg<AnyBuffer>()

@@ -12,9 +12,13 @@ namespace {
 
 namespace fi = flashinfer::trtllm_allreduce_fusion;
 
-// 672 threads hold a bfloat16 row of 31B (D = 5376) in one block. The build's register limit of 80
-// (CMakeLists.txt) lets every instantiation launch with this many.
+// 672 threads hold a bfloat16 row of 31B (D = 5376) in one block. They are 21 warps, six of them on
+// one quarter of a multiprocessor, whose 16384 registers give each thread 80: the limit that the
+// build sets (CMakeLists.txt), so that every instantiation can launch.
 constexpr int kMaxThreads = 672;
+
+static_assert(kMaxCtas == fi::details::kBarrierFlagCount,
+              "FlashInfer's barrier writes as many flags as it counts, whatever the grid");
 
 // A row is 16 bytes a thread: one block if it fits, else a cluster of 2, 4 or 8. The choice depends
 // on hidden and the dtype alone, and with it the order of the float32 row sum.
@@ -38,15 +42,14 @@ cudaLaunchAttribute ClusterAttribute(const RowShape& shape) {
 }
 
 template <typename T, int kRanks>
-struct Kernels {
-  static constexpr bool kFloatSum = !std::is_same_v<T, float>;  // float is summed in float anyway
-  static constexpr auto OneShot =
-      fi::allreduce_fusion_kernel_oneshot_lamport<kGemmaPattern, T, kRanks, kFloatSum>;
-  static constexpr auto TwoShot =
-      fi::allreduce_fusion_kernel_twoshot_sync<kGemmaPattern, T, kRanks, kFloatSum>;
-};
-
-const void* KernelOf(const KernelKind& kind);
+const void* KernelAs(Algorithm algorithm) {
+  constexpr bool kFloatSum = !std::is_same_v<T, float>;  // float is summed in float anyway
+  return algorithm == Algorithm::kOneShot
+             ? reinterpret_cast<const void*>(
+                   fi::allreduce_fusion_kernel_oneshot_lamport<kGemmaPattern, T, kRanks, kFloatSum>)
+             : reinterpret_cast<const void*>(
+                   fi::allreduce_fusion_kernel_twoshot_sync<kGemmaPattern, T, kRanks, kFloatSum>);
+}
 
 template <typename T, int kRanks>
 cudaError_t EnqueueAs(const Launch& launch, cudaStream_t stream) {
@@ -81,7 +84,7 @@ cudaError_t EnqueueAs(const Launch& launch, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelExC(&config, KernelOf(launch.kind), args);
+  return cudaLaunchKernelExC(&config, KernelAs<T, kRanks>(launch.kind.algorithm), args);
 }
 
 // Calls `visit` with a T and an integral constant for the ranks.
@@ -103,9 +106,7 @@ auto Dispatch(const KernelKind& kind, Visit visit) {
 
 const void* KernelOf(const KernelKind& kind) {
   return Dispatch(kind, [&](auto t, auto ranks) {
-    using K = Kernels<decltype(t), decltype(ranks)::value>;
-    return kind.algorithm == Algorithm::kOneShot ? reinterpret_cast<const void*>(K::OneShot)
-                                                 : reinterpret_cast<const void*>(K::TwoShot);
+    return KernelAs<decltype(t), decltype(ranks)::value>(kind.algorithm);
   });
 }
 
@@ -124,16 +125,18 @@ cudaError_t Enqueue(const Launch& launch, cudaStream_t stream) {
   });
 }
 
-cudaError_t Preload(Dtype dtype) {
+cudaError_t Preload() {
+  cudaFuncAttributes attributes;  // asking for them loads a kernel
+  cudaError_t error = cudaFuncGetAttributes(&attributes, FillNegativeZeroKernel);
   for (const Algorithm algorithm : {Algorithm::kOneShot, Algorithm::kTwoShot}) {
-    for (const int nranks : {2, 4, 8}) {
-      cudaFuncAttributes attributes;  // asking for them loads the kernel
-      const cudaError_t error =
-          cudaFuncGetAttributes(&attributes, KernelOf({algorithm, dtype, nranks}));
-      if (error != cudaSuccess) return error;
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+      for (const int nranks : {2, 4, 8}) {
+        if (error != cudaSuccess) return error;
+        error = cudaFuncGetAttributes(&attributes, KernelOf({algorithm, dtype, nranks}));
+      }
     }
   }
-  return cudaSuccess;
+  return error;
 }
 
 cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int* ctas) {

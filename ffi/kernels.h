@@ -54,9 +54,9 @@ inline constexpr int kMaxCtas = 256;
 // Enqueues exactly one kernel. Neither allocates nor synchronises, so it can be captured.
 cudaError_t Enqueue(const Launch& launch, cudaStream_t stream);
 
-// Loads every kernel for partial sums of `dtype` on the current device. CUDA otherwise loads a
-// kernel at its first launch, which can need a device on which a peer's kernel already spins.
-cudaError_t Preload(Dtype dtype);
+// Loads every kernel of this library on the current device. CUDA otherwise loads a kernel at its
+// first launch, which can need a device on which a peer's kernel already spins (hazard 29).
+cudaError_t Preload();
 
 // How many blocks of this kernel, for rows of `hidden` elements, the current device holds at once.
 cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int* ctas);

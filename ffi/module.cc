@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "handler.h"
@@ -17,7 +18,7 @@ namespace {
 
 template <typename Pointer>
 nb::capsule Capsule(Pointer* pointer) {
-  return nb::capsule(reinterpret_cast<void*>(const_cast<std::remove_const_t<Pointer>*>(pointer)));
+  return nb::capsule(reinterpret_cast<const void*>(pointer));
 }
 
 nb::dict Registrations() {
@@ -29,7 +30,7 @@ nb::dict Registrations() {
                                                             {"initialize", target.initialize},
                                                             {"execute", target.execute}};
     for (const auto& [stage, handler] : all) {
-      if (handler != nullptr) stages[stage] = nb::capsule(reinterpret_cast<void*>(handler));
+      if (handler != nullptr) stages[stage] = Capsule(handler);
     }
     targets[target.name] = stages;
   }

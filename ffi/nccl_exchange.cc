@@ -7,15 +7,17 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <type_traits>
+
+#include "errors.h"
 
 namespace jax_gemma_arf {
 namespace {
 
 using ::xla::ffi::Error;
 using ::xla::ffi::ErrorOr;
-using ::xla::ffi::Unexpected;
 
-// How long a rank waits for its peers while a workspace is created.
+// How long a rank waits for its peers while they agree on a workspace.
 constexpr std::chrono::seconds kDeadline{60};
 
 // The few NCCL functions used, from the library that XLA has loaded; this one links none of its
@@ -49,12 +51,7 @@ const Nccl* LoadNccl() {
 }
 
 Error NcclError(const Nccl& nccl, int result, const std::string& what) {
-  return Error::Internal("jax_gemma_arf: " + what + ": " + nccl.get_error_string(result));
-}
-
-Error CudaError(cudaError_t error, const std::string& what) {
-  (void)cudaGetLastError();
-  return Error::Internal("jax_gemma_arf: " + what + ": " + cudaGetErrorString(error));
+  return Internal(what + ": " + nccl.get_error_string(result));
 }
 
 // Polls until `done` says so. False after the deadline: a peer is gone, and blocking calls would
@@ -69,41 +66,44 @@ bool WaitUntil(const std::function<bool()>& done) {
 }
 
 Error TimedOut() {
-  return Error::Internal("jax_gemma_arf: no answer from the other ranks of the replica group for " +
-                         std::to_string(kDeadline.count()) +
-                         " s while its workspace was created; a peer failed or never started");
+  return Internal("no answer from the other ranks of the replica group for " +
+                  std::to_string(kDeadline.count()) +
+                  " s while they agreed on a workspace; a peer failed or never started");
 }
 
 }  // namespace
 
-ErrorOr<CommunicatorInfo> DescribeCommunicator(void* nccl_comm) {
+ErrorOr<std::unique_ptr<NcclExchange>> NcclExchange::Create(void* nccl_comm) {
   const Nccl* nccl = LoadNccl();
-  if (nccl == nullptr) {
-    return Error::Internal("jax_gemma_arf: XLA's libnccl.so.2 is not loaded or lacks a function");
-  }
-  CommunicatorInfo info{};
-  int result = nccl->comm_count(nccl_comm, &info.size);
-  if (result == Nccl::kSuccess) result = nccl->comm_user_rank(nccl_comm, &info.rank);
+  if (nccl == nullptr) return Internal("XLA's libnccl.so.2 is not loaded or lacks a function");
+  std::unique_ptr<NcclExchange> exchange(new NcclExchange());
+  exchange->comm_ = nccl_comm;
+  int result = nccl->comm_count(nccl_comm, &exchange->size_);
+  if (result == Nccl::kSuccess) result = nccl->comm_user_rank(nccl_comm, &exchange->rank_);
   if (result != Nccl::kSuccess) return NcclError(*nccl, result, "asking for rank and size");
-  return info;
+  cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&exchange->buffer_),
+                                 (exchange->size_ + 1) * sizeof(PeerRecord));
+  if (error == cudaSuccess) {
+    error = cudaStreamCreateWithFlags(&exchange->stream_, cudaStreamNonBlocking);
+  }
+  if (error != cudaSuccess) return Internal(Describe(error, "preparing to meet the other ranks"));
+  return exchange;
+}
+
+NcclExchange::~NcclExchange() {
+  if (pending_) return;  // freeing would wait for it
+  (void)cudaFree(buffer_);
+  if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
 }
 
 Error NcclExchange::AllGather(const std::vector<PeerRecord>& mine, std::vector<PeerRecord>* all) {
   const Nccl& nccl = *LoadNccl();
   const size_t bytes = sizeof(PeerRecord);
-  char* buffer = nullptr;
-  cudaStream_t stream = nullptr;
-  cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&buffer), (size_ + 1) * bytes);
-  const std::unique_ptr<char, decltype(&cudaFree)> buffer_owner(buffer, &cudaFree);
-  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-  const std::unique_ptr<CUstream_st, decltype(&cudaStreamDestroy)> stream_owner(stream,
-                                                                                &cudaStreamDestroy);
-  if (error == cudaSuccess) {
-    error = cudaMemcpyAsync(buffer, mine.data(), bytes, cudaMemcpyHostToDevice, stream);
-  }
-  if (error != cudaSuccess) return CudaError(error, "preparing the exchange of peer addresses");
+  cudaError_t error = cudaMemcpyAsync(buffer_, mine.data(), bytes, cudaMemcpyHostToDevice, stream_);
+  if (error != cudaSuccess) return Internal(Describe(error, "sending to the other ranks"));
 
-  int result = nccl.all_gather(buffer, buffer + bytes, bytes, Nccl::kInt8, comm_, stream);
+  pending_ = true;
+  int result = nccl.all_gather(buffer_, buffer_ + 1, bytes, Nccl::kInt8, comm_, stream_);
   if (result == Nccl::kInProgress) {  // XLA may use non-blocking communicators
     const bool finished = WaitUntil([&] {
       return nccl.comm_get_async_error(comm_, &result) != Nccl::kSuccess ||
@@ -111,18 +111,19 @@ Error NcclExchange::AllGather(const std::vector<PeerRecord>& mine, std::vector<P
     });
     if (!finished) return TimedOut();
   }
-  if (result != Nccl::kSuccess) return NcclError(nccl, result, "exchanging peer addresses");
+  if (result != Nccl::kSuccess) return NcclError(nccl, result, "meeting the other ranks");
 
-  if (!WaitUntil([&] { return (error = cudaStreamQuery(stream)) != cudaErrorNotReady; })) {
+  if (!WaitUntil([&] { return (error = cudaStreamQuery(stream_)) != cudaErrorNotReady; })) {
     return TimedOut();
   }
+  pending_ = false;
   all->resize(size_);
   if (error == cudaSuccess) {
     error =
-        cudaMemcpyAsync(all->data(), buffer + bytes, size_ * bytes, cudaMemcpyDeviceToHost, stream);
+        cudaMemcpyAsync(all->data(), buffer_ + 1, size_ * bytes, cudaMemcpyDeviceToHost, stream_);
   }
-  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  if (error != cudaSuccess) return CudaError(error, "exchanging peer addresses");
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream_);
+  if (error != cudaSuccess) return Internal(Describe(error, "hearing from the other ranks"));
   return Error::Success();
 }
 

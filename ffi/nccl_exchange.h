@@ -1,26 +1,37 @@
 // Exchange of peer records over the communicator that XLA lends to a custom call.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
+#include <memory>
+#include <vector>
+
 #include "workspace.h"
 
 namespace jax_gemma_arf {
 
-// Rank and size of this device in the communicator (an ncclComm_t) that XLA made for the group.
-struct CommunicatorInfo {
-  int rank;
-  int size;
-};
-xla::ffi::ErrorOr<CommunicatorInfo> DescribeCommunicator(void* nccl_comm);
-
 class NcclExchange : public PeerExchange {
  public:
-  NcclExchange(void* nccl_comm, int size) : comm_(nccl_comm), size_(size) {}
+  // nccl_comm is XLA's ncclComm_t. Everything that an exchange needs is allocated here, so that a
+  // rank that runs out of memory later can still say so.
+  static xla::ffi::ErrorOr<std::unique_ptr<NcclExchange>> Create(void* nccl_comm);
+  ~NcclExchange() override;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+
   xla::ffi::Error AllGather(const std::vector<PeerRecord>& mine,
                             std::vector<PeerRecord>* all) override;
 
  private:
-  void* comm_;
-  int size_;
+  NcclExchange() = default;
+
+  void* comm_ = nullptr;
+  int rank_ = 0;
+  int size_ = 0;
+  PeerRecord* buffer_ = nullptr;  // on the device: one record to send, then one a rank
+  cudaStream_t stream_ = nullptr;
+  bool pending_ = false;  // an operation that may never end uses buffer and stream
 };
 
 }  // namespace jax_gemma_arf

@@ -1,8 +1,12 @@
 #include "workspace.h"
 
-#include <unistd.h>
-
+#include <algorithm>
 #include <cstring>
+#include <random>
+#include <string>
+#include <utility>
+
+#include "errors.h"
 
 namespace jax_gemma_arf {
 namespace {
@@ -15,28 +19,49 @@ constexpr int64_t kSmallestCapacity = int64_t{64} << 10;
 
 int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// "" or what failed, for a record. Clears CUDA's sticky last error: it is reported here.
-std::string Describe(cudaError_t error, const std::string& what) {
-  if (error == cudaSuccess) return "";
-  (void)cudaGetLastError();
-  return what + ": " + cudaGetErrorString(error);
-}
-
-// The error that every rank returns if any rank failed.
-Error Vote(const std::vector<PeerRecord>& records) {
-  for (size_t rank = 0; rank < records.size(); ++rank) {
-    if (records[rank].failure[0] == '\0') continue;
-    return Error::Internal(
-        "jax_gemma_arf: the workspace of this replica group could not be created: "
-        "rank " +
-        std::to_string(rank) + " of " + std::to_string(records.size()) + " (CUDA device " +
-        std::to_string(records[rank].device) + "): " + records[rank].failure);
-  }
-  return Error::Success();
+int64_t ProcessToken() {
+  static const int64_t token = [] {
+    std::random_device random;
+    return static_cast<int64_t>(random()) << 32 | random();
+  }();
+  return token;
 }
 
 void SetFailure(PeerRecord& record, const std::string& failure) {
   std::strncpy(record.failure, failure.c_str(), sizeof(record.failure) - 1);
+}
+
+// The error that every rank returns if any rank failed, or if they are out of step.
+Error Vote(const std::vector<PeerRecord>& records) {
+  for (size_t rank = 0; rank < records.size(); ++rank) {
+    const PeerRecord& record = records[rank];
+    std::string failure = record.failure;
+    if (failure.empty() && record.has_workspace != records[0].has_workspace) {
+      failure = "it has a workspace where rank 0 has none, or the other way round";
+    }
+    if (failure.empty()) continue;
+    return Internal("the ranks of this replica group did not agree on a workspace: rank " +
+                    std::to_string(rank) + " of " + std::to_string(records.size()) +
+                    " (CUDA device " + std::to_string(record.device) + "): " + failure);
+  }
+  return Error::Success();
+}
+
+// The facts of the current device that the peers must know.
+std::string FillFacts(const KernelKind& kind, int hidden, PeerRecord* record) {
+  record->process = ProcessToken();
+  std::string failure = Describe(cudaGetDevice(&record->device), "cudaGetDevice");
+  if (failure.empty()) {
+    failure = Describe(cudaDeviceGetAttribute(&record->multiprocessors,
+                                              cudaDevAttrMultiProcessorCount, record->device),
+                       "cudaDeviceGetAttribute");
+  }
+  if (failure.empty()) failure = Describe(Preload(), "loading the kernels");
+  if (failure.empty()) {
+    failure = Describe(ResidentCtas(kind, hidden, &record->resident_ctas),
+                       "asking for the kernel's occupancy");
+  }
+  return failure;
 }
 
 }  // namespace
@@ -47,11 +72,11 @@ ErrorOr<WorkspaceSpec> WorkspaceSpec::For(const KernelKind& kind, int64_t messag
   const bool one_shot = kind.algorithm == Algorithm::kOneShot;
   if (spec.capacity_bytes > kMaxMessageBytes ||
       (one_shot && spec.capacity_bytes * spec.nranks > kMaxLamportBytes)) {
-    return Error::InvalidArgument(
-        "jax_gemma_arf: a message of " + std::to_string(message_bytes) + " bytes over " +
-        std::to_string(spec.nranks) + " ranks is above the cap of " +
-        std::to_string(one_shot ? kMaxLamportBytes / spec.nranks : kMaxMessageBytes) +
-        " bytes for " + (one_shot ? "one-shot" : "two-shot") + "; use fewer tokens per call");
+    return Invalid("a message of " + std::to_string(message_bytes) + " bytes over " +
+                   std::to_string(spec.nranks) + " ranks is above the cap of " +
+                   std::to_string(one_shot ? kMaxLamportBytes / spec.nranks : kMaxMessageBytes) +
+                   " bytes for " + (one_shot ? "one-shot" : "two-shot") +
+                   "; use fewer tokens per call");
   }
   return spec;
 }
@@ -66,24 +91,12 @@ WorkspaceLayout::WorkspaceLayout(const WorkspaceSpec& spec) {
 
 RankWorkspace::~RankWorkspace() { (void)cudaFree(base_); }
 
-std::string RankWorkspace::Allocate(cudaStream_t stream, PeerRecord* record) {
+std::string RankWorkspace::Allocate(cudaStream_t stream) {
   const WorkspaceLayout layout(spec_);
-  record->process = getpid();
-  std::string failure = Describe(cudaGetDevice(&record->device), "cudaGetDevice");
-  if (failure.empty()) {
-    failure = Describe(cudaDeviceGetAttribute(&record->multiprocessors,
-                                              cudaDevAttrMultiProcessorCount, record->device),
-                       "cudaDeviceGetAttribute");
-  }
-  if (failure.empty()) {
-    failure = Describe(cudaMalloc(reinterpret_cast<void**>(&base_), layout.total),
-                       "no " + std::to_string(layout.total) +
-                           " bytes of device memory outside JAX's own pool (lower "
-                           "XLA_PYTHON_CLIENT_MEM_FRACTION)");
-  }
-  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
-    if (failure.empty()) failure = Describe(Preload(dtype), "loading the kernels");
-  }
+  std::string failure = Describe(cudaMalloc(reinterpret_cast<void**>(&base_), layout.total),
+                                 "no " + std::to_string(layout.total) +
+                                     " bytes of device memory outside JAX's own pool (lower "
+                                     "XLA_PYTHON_CLIENT_MEM_FRACTION)");
   if (failure.empty()) {
     failure = Describe(cudaMemsetAsync(base_, 0, layout.total, stream), "cudaMemsetAsync");
   }
@@ -98,9 +111,9 @@ std::string RankWorkspace::Allocate(cudaStream_t stream, PeerRecord* record) {
                          "writing the control block");
     }
   }
-  if (failure.empty())
+  if (failure.empty()) {
     failure = Describe(cudaStreamSynchronize(stream), "initialising the workspace");
-  record->base = base_;
+  }
   return failure;
 }
 
@@ -114,7 +127,7 @@ std::string RankWorkspace::Connect(cudaStream_t stream, const std::vector<PeerRe
       return "rank " + std::to_string(r) +
              " is in another process; one process must hold all ranks of a replica group";
     }
-    if (peer.multiprocessors != mine.multiprocessors) {  // grids must have the same size
+    if (peer.multiprocessors != mine.multiprocessors) {
       return "rank " + std::to_string(r) + " has another kind of GPU (" +
              std::to_string(peer.multiprocessors) + " multiprocessors, not " +
              std::to_string(mine.multiprocessors) + ")";
@@ -137,15 +150,17 @@ std::string RankWorkspace::Connect(cudaStream_t stream, const std::vector<PeerRe
       Describe(cudaMemcpyAsync(base_ + layout.table, table.data(), table.size() * sizeof(void*),
                                cudaMemcpyHostToDevice, stream),
                "writing the pointer table");
-  if (failure.empty())
+  if (failure.empty()) {
     failure = Describe(cudaStreamSynchronize(stream), "connecting the workspace");
+  }
   return failure;
 }
 
-ErrorOr<std::vector<std::unique_ptr<RankWorkspace>>> CreateWorkspace(const WorkspaceSpec& spec,
-                                                                     const std::vector<int>& ranks,
-                                                                     PeerExchange& exchange) {
-  std::vector<std::unique_ptr<RankWorkspace>> parts;
+ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const KernelKind& kind, int hidden,
+                         const std::vector<int>& ranks, const Workspace* existing,
+                         PeerExchange& exchange) {
+  Agreement agreement;
+  Workspace& created = agreement.created;
   std::vector<PeerRecord> mine(ranks.size()), all;
 
   // A stream that does not wait for the legacy default stream, on which others may be working.
@@ -154,18 +169,34 @@ ErrorOr<std::vector<std::unique_ptr<RankWorkspace>>> CreateWorkspace(const Works
                                          "cudaStreamCreateWithFlags");
   const std::unique_ptr<CUstream_st, decltype(&cudaStreamDestroy)> stream_owner(stream,
                                                                                 &cudaStreamDestroy);
+  // Once peers know an address it must not be freed before they are known to have given it up.
+  const auto exchange_records = [&]() -> Error {
+    Error error = exchange.AllGather(mine, &all);
+    if (error.success()) return Vote(all);
+    for (auto& part : created) (void)part.release();
+    return error;
+  };
 
   for (size_t i = 0; i < ranks.size(); ++i) {
-    parts.push_back(std::unique_ptr<RankWorkspace>(new RankWorkspace(spec, ranks[i])));
-    SetFailure(mine[i], no_stream.empty() ? parts[i]->Allocate(stream, &mine[i]) : no_stream);
+    mine[i].has_workspace = existing != nullptr;
+    std::string failure = no_stream.empty() ? FillFacts(kind, hidden, &mine[i]) : no_stream;
+    if (failure.empty() && existing == nullptr) {
+      created.push_back(std::make_unique<RankWorkspace>(spec, ranks[i]));
+      failure = created[i]->Allocate(stream);
+      mine[i].base = created[i]->base();
+    }
+    SetFailure(mine[i], failure);
   }
-  if (Error error = exchange.AllGather(mine, &all); error.failure()) return error;
-  if (Error error = Vote(all); error.failure()) return error;
+  if (Error error = exchange_records(); error.failure()) return error;
+  agreement.resident_ctas = all[0].resident_ctas;
+  for (const PeerRecord& record : all) {
+    agreement.resident_ctas = std::min(agreement.resident_ctas, record.resident_ctas);
+  }
+  if (existing != nullptr) return agreement;
 
-  for (size_t i = 0; i < ranks.size(); ++i) SetFailure(mine[i], parts[i]->Connect(stream, all));
-  if (Error error = exchange.AllGather(mine, &all); error.failure()) return error;
-  if (Error error = Vote(all); error.failure()) return error;
-  return parts;
+  for (size_t i = 0; i < ranks.size(); ++i) SetFailure(mine[i], created[i]->Connect(stream, all));
+  if (Error error = exchange_records(); error.failure()) return error;
+  return agreement;
 }
 
 }  // namespace jax_gemma_arf

@@ -27,9 +27,10 @@ inline constexpr int64_t kMaxLamportBytes = int64_t{512} << 20;
 struct WorkspaceSpec {
   Algorithm algorithm;
   int nranks;
-  int item_size;  // 2 or 4: the -0.0 that fills a Lamport buffer depends on it
-  int64_t
-      capacity_bytes;  // of one message; a power of two, so that few workspaces serve many sizes
+  // 2 or 4: the -0.0 that fills a Lamport buffer depends on it.
+  int item_size;
+  // Of one message; a power of two, so that few workspaces serve many sizes.
+  int64_t capacity_bytes;
 
   // The size class for a message, or an error with the numbers if it is above the cap.
   static xla::ffi::ErrorOr<WorkspaceSpec> For(const KernelKind& kind, int64_t message_bytes);
@@ -50,17 +51,19 @@ struct WorkspaceLayout {
   int64_t total;
 };
 
-// What a rank tells its peers, and its vote on whether creation may go on.
+// What a rank tells its peers, and its vote on whether to go on.
 struct PeerRecord {
-  int64_t process = 0;
+  int64_t process = 0;  // tells processes apart, also those in containers of their own
   void* base = nullptr;
   int32_t device = -1;
   int32_t multiprocessors = 0;
-  char failure[232] = {};  // empty: this rank is fine
+  int32_t resident_ctas = 0;  // how many blocks of the call's kernel its device holds at once
+  int32_t has_workspace = 0;  // from an earlier call
+  char failure[224] = {};     // empty: this rank is fine
 };
 
-// Where the peers' records come from: other threads and, later, other processes (NCCL), or this
-// thread alone when it holds every rank (loopback).
+// Where the peers' records come from: the other ranks' threads (over NCCL), or this thread alone
+// when it holds every rank (loopback).
 class PeerExchange {
  public:
   virtual ~PeerExchange() = default;
@@ -73,30 +76,41 @@ class PeerExchange {
 // One rank's part of a workspace.
 class RankWorkspace {
  public:
+  RankWorkspace(const WorkspaceSpec& spec, int rank) : spec_(spec), rank_(rank) {}
   ~RankWorkspace();
   RankWorkspace(const RankWorkspace&) = delete;
   RankWorkspace& operator=(const RankWorkspace&) = delete;
 
+  // Each returns "" or what failed, and synchronises with `stream`.
+  std::string Allocate(cudaStream_t stream);
+  std::string Connect(cudaStream_t stream, const std::vector<PeerRecord>& peers);
+
   const WorkspaceSpec& spec() const { return spec_; }
   int rank() const { return rank_; }
+  char* base() const { return base_; }
   void** table() const { return reinterpret_cast<void**>(base_ + WorkspaceLayout(spec_).table); }
 
  private:
-  friend xla::ffi::ErrorOr<std::vector<std::unique_ptr<RankWorkspace>>> CreateWorkspace(
-      const WorkspaceSpec&, const std::vector<int>&, PeerExchange&);
-  RankWorkspace(const WorkspaceSpec& spec, int rank) : spec_(spec), rank_(rank) {}
-  std::string Allocate(cudaStream_t stream, PeerRecord* record);
-  std::string Connect(cudaStream_t stream, const std::vector<PeerRecord>& peers);
-
   WorkspaceSpec spec_;
   int rank_;
   char* base_ = nullptr;
 };
 
-// Creates the parts of `ranks` on the current device. Allocation, mapping and loading all happen
-// here, and all ranks agree on the outcome before any of them can launch: if one fails, every rank
-// returns the error of the lowest failing one. Synchronises; must not run while capturing.
-xla::ffi::ErrorOr<std::vector<std::unique_ptr<RankWorkspace>>> CreateWorkspace(
-    const WorkspaceSpec& spec, const std::vector<int>& ranks, PeerExchange& exchange);
+// The parts of the ranks that one device holds: one of a mesh, all in loopback.
+using Workspace = std::vector<std::unique_ptr<RankWorkspace>>;
+
+// What all ranks agreed on for a call.
+struct Agreement {
+  Workspace created;  // empty if the workspace was there
+  int resident_ctas;  // the fewest on any rank: all must launch grids of one size
+};
+
+// Agrees with the peers on the workspace for a call of `kind` with rows of `hidden` elements,
+// before any rank launches. `existing` is what this device has already, or nullptr: then the parts
+// of `ranks` are allocated, filled and connected here, with the kernels loaded. Whatever fails on
+// one rank is the same error on all. Synchronises; must not run while capturing.
+xla::ffi::ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const KernelKind& kind, int hidden,
+                                   const std::vector<int>& ranks, const Workspace* existing,
+                                   PeerExchange& exchange);
 
 }  // namespace jax_gemma_arf

@@ -79,6 +79,7 @@ def device_facts(client: object) -> DeviceFacts:
     devices = client.devices()  # type: ignore[attr-defined]
     platform = devices[0].platform
     built = extension.load() if platform == "gpu" else None
+    peers = built.nvlink_peers() if built is not None else []
     return DeviceFacts(
         platform=platform,
         compute_capabilities=tuple(sorted({str(d.compute_capability) for d in devices}))
@@ -86,7 +87,7 @@ def device_facts(client: object) -> DeviceFacts:
         else (),
         kinds=tuple(sorted({d.device_kind for d in devices})),
         processes=len({d.process_index for d in devices}),
-        nvlinked=built is not None and all(all(row) for row in built.nvlink_peers()),
+        nvlinked=bool(peers) and all(all(row) for row in peers),
     )
 
 

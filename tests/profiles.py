@@ -6,11 +6,11 @@ import jax
 
 
 def kernels_in(trace_directory: Path) -> list[str]:
-    """Names of the kernels on all GPUs, and their launch configurations, such as "grid:8,1,1"."""
+    """Names of the kernels on all GPUs, from the trace written below trace_directory."""
     (path,) = trace_directory.glob("**/*.xplane.pb")
     profile = jax.profiler.ProfileData.from_file(str(path))
     return [
-        f"{event.name} {dict(event.stats).get('kernel_details', '')}"
+        event.name
         for plane in profile.planes
         if plane.name.startswith("/device:GPU")
         for line in plane.lines

@@ -13,6 +13,7 @@ from runners import make_mesh
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import lowering
+from jax_gemma_arf.loopback import loopback_post_ff
 
 pytestmark = pytest.mark.usefixtures("built")
 
@@ -96,6 +97,21 @@ def test_attributes(cpus, shape, axes, groups):
     assert "scale_offset = 1.000000e+00 : f32" in config
     assert f"replica_groups = dense<{groups}>" in config
     assert "eps = 9.99999974E-6 : f32" in config
+
+
+def test_loopback_attributes():
+    """The same attributes, for all ranks of one device, and the bound on thread blocks."""
+    call = functools.partial(loopback_post_ff, max_ctas=16, scale_offset=1.0)
+    operands = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4, 3, 640), (3, 640), (640,)))
+    text = jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(f"@{lowering.LOOPBACK_TARGET}") == 1
+    for attribute in (
+        "axis_size = 4",
+        "max_ctas = 16",
+        "scale_offset = 1.0",
+        "dense<[0, 1, 2, 3]>",
+    ):
+        assert attribute in text
 
 
 def test_two_shot_above_the_limit(mesh):
