@@ -1,5 +1,7 @@
 """Eight virtual CPU devices, and skips that say what a test needs and what was found."""
 
+import os
+
 import jax
 import pytest
 from runners import make_mesh
@@ -7,6 +9,9 @@ from runners import make_mesh
 from jax_gemma_arf import extension
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Workspaces live outside JAX's memory pool, and loopback keeps those of all ranks on one GPU: with
+# the pool preallocated, NCCL and the tests' child processes would find no memory left.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def gpus() -> list[jax.Device]:

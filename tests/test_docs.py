@@ -1,4 +1,4 @@
-"""The README's example runs as printed."""
+"""The README is finished, and its example runs as printed."""
 
 import os
 import re
@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
+
+
+def test_no_placeholder():
+    assert not re.search(r"PLACEHOLDER|TODO|FIXME", README.read_text())
 
 
 def test_readme_example():
