@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def test_no_placeholder():
@@ -26,3 +27,13 @@ def test_readme_example():
     # rmsnorm of equal entries is 1; (1 * 1 + 1) * 0.5
     assert result.stdout.startswith("[[1 1 1 ... 1 1 1]")
     assert result.stdout.endswith("platform is cpu, not CUDA\n")
+
+
+def test_hazards_name_real_tests():
+    """Every test that docs/hazards.md cites exists, and every row says something."""
+    text = (ROOT / "docs" / "hazards.md").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    cited = set(re.findall(r"`(test_\w+)`", text))
+    assert cited <= set(re.findall(r"def (test_\w+)", source))
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == list(range(1, 32))
