@@ -44,18 +44,6 @@ def chain(mesh, length, **options):
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=SPECS, out_specs=P("tp")))
 
 
-def test_one_launch_a_call(tp, tmp_path):
-    """The profile of a call holds one kernel a device, and no other collective."""
-    call, operands = chain(tp, 1), place(tp, Case((16,), 5376))
-    call(*operands).block_until_ready()
-    with jax.profiler.trace(str(tmp_path)):
-        for _ in range(3):
-            call(*operands).block_until_ready()
-    kernels = kernels_in(tmp_path)
-    assert len(kernels) == 3 * tp.size, kernels
-    assert all("oneshot" in name for name in kernels), kernels
-
-
 def test_graph_replay(tp, built):
     """Captured by XLA by default, replayed without another call of Execute."""
     call, operands = chain(tp, 20), place(tp, Case((16,), 2560))
@@ -133,3 +121,15 @@ def test_error_reaches_every_rank(tp):
     inputs = make_inputs(case, tp.size)
     out = np.asarray(chain(tp, 1)(*place(tp, case)))[0]
     assert_matches(case, inputs, out, oracle_float64(case, inputs), exact_sum=True)
+
+
+def test_one_launch_a_call(tp, tmp_path):
+    """The profile of a call holds one kernel a device, and no other collective."""
+    call, operands = chain(tp, 1), place(tp, Case((16,), 5376))
+    call(*operands).block_until_ready()
+    with jax.profiler.trace(str(tmp_path)):
+        for _ in range(3):
+            call(*operands).block_until_ready()
+    kernels = kernels_in(tmp_path)
+    assert len(kernels) == 3 * tp.size, kernels
+    assert all("oneshot" in name for name in kernels), kernels
