@@ -138,7 +138,6 @@ def test_unsupported_width_falls_back(mesh):
     "case",
     [
         ((4, 5376), 1, "INFO"),
-        ((0, 5376), 2, "INFO"),
         ((2048, 5376), 2, "INFO"),
         ((4, 5376), 3, "WARNING"),
         ((4, 1000), 2, "WARNING"),

@@ -293,9 +293,11 @@ def test_no_tokens(devices, leading):
     mesh = tp_mesh(devices)
     x = np.zeros((len(devices), *leading, 640), BF16)
     operands = (x, x[0], np.ones(640, BF16), np.ones((), BF16))
-    out = jax.jit(tp_call(mesh))(*put(mesh, operands, (P("tp"), P(), P(), P())))
-    assert out.shape == (*leading, 640)
-    assert out.dtype == BF16
+    placed = put(mesh, operands, (P("tp"), P(), P(), P()))
+    for implementation in (None, "xla", "cuda"):
+        out = jax.jit(tp_call(mesh, implementation=implementation))(*placed)
+        assert out.shape == (*leading, 640)
+        assert out.dtype == BF16
 
 
 def test_axis_of_size_one(cpus):
