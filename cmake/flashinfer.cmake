@@ -1,10 +1,13 @@
-# Finds FlashInfer's headers and sets FLASHINFER_INCLUDE_DIRS: FLASHINFER_INCLUDE_DIR if given, else
-# an installed flashinfer-python of the pinned version, else that wheel, downloaded with its hash
+# Finds FlashInfer's headers and sets FLASHINFER_INCLUDE_DIRS and
+# FLASHINFER_BUILT_WITH, for the report: FLASHINFER_INCLUDE_DIR if given, else an installed flashinfer-python of the pinned version, else that wheel, downloaded with its hash
 # checked and without its dependencies (no torch), of which include/ and spdlog/ are unpacked.
 set(flashinfer_header "flashinfer/comm/trtllm_allreduce_fusion.cuh")
 set(FLASHINFER_SHA256 bfdc18b9e1e4d8d0730fe4343dc0e284cd0c160086de80f99888bc4867922d49)
 
-if(NOT FLASHINFER_INCLUDE_DIR)
+if(FLASHINFER_INCLUDE_DIR)
+  set(FLASHINFER_BUILT_WITH "of FLASHINFER_INCLUDE_DIR")  # whatever version that folder holds
+else()
+  set(FLASHINFER_BUILT_WITH "${FLASHINFER_VERSION}")
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
             "import importlib.metadata as m; d = m.distribution('flashinfer-python'); \
