@@ -11,8 +11,8 @@ enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline int ItemSize(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// kOneShot: every rank pushes its whole input to every peer (Lamport, no barrier). kTwoShot:
-// reduce- scatter, then all-gather, between barriers.
+// kOneShot: every rank pushes its whole input to every peer (Lamport, no barrier).
+// kTwoShot: reduce-scatter, then all-gather, between barriers.
 enum class Algorithm : int32_t { kOneShot = 0, kTwoShot = 1 };
 
 // One class of kernel: everything that selects an instantiation.

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jax_gemma_arf import lowering
 from jax_gemma_arf.reference import reference_post_ff
-from jax_gemma_arf.support import DTYPES, AxisName, axis_names
+from jax_gemma_arf.support import DTYPES, AxisName, axis_names, group_size
 
 Implementation = Literal["cuda", "xla"]
 
@@ -35,7 +35,8 @@ def fused_post_ff(
 
     Norm, then add: Gemma's order, not Llama's. On NVLinked CUDA devices this is one launch of
     FlashInfer's all-reduce with a Gemma epilogue; anywhere else it is psum and the same arithmetic,
-    and the reason is logged once by the logger ``jax_gemma_arf`` (WARNING on CUDA, INFO elsewhere).
+    and the reason is logged once by the logger ``jax_gemma_arf``: at WARNING where a CUDA device
+    lacks something for the kernel, else at INFO.
 
     Numerics. The kernel sums the ranks in float32 in rank order 0..N-1 and rounds once to x.dtype;
     psum adds in x.dtype. Everything after the sum is float32, with one rounding, to residual.dtype,
@@ -136,7 +137,7 @@ def down_proj_post_ff(
     """
     activations, w_down, residual = map(jnp.asarray, (activations, w_down, residual))
     names = axis_names(axis_name, mesh)
-    size = math.prod(mesh.shape[name] for name in names)
+    size = group_size(mesh, names)
     if activations.dtype != w_down.dtype or w_down.dtype not in DTYPES:
         raise TypeError(
             "activations and w_down must have one dtype, bfloat16, float16 or float32, got "

@@ -106,11 +106,16 @@ def axis_names(axis_name: AxisName, mesh: AnyMesh) -> tuple[str, ...]:
     return names
 
 
+def group_size(mesh: AnyMesh, names: tuple[str, ...]) -> int:
+    """The number of ranks in a replica group."""
+    return math.prod(mesh.shape[name] for name in names)
+
+
 def replica_groups(mesh: AnyMesh, names: tuple[str, ...]) -> np.ndarray:
     """[groups, ranks]: positions in the mesh, in row-major order, of each group's ranks."""
     ids = np.arange(mesh.size, dtype=np.int64).reshape(mesh.axis_sizes)
     axes = [mesh.axis_names.index(name) for name in names]
-    return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, _group_size(mesh, names))
+    return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, group_size(mesh, names))
 
 
 def choose_algorithm(ranks: int, message_bytes: int) -> str:
@@ -169,7 +174,7 @@ def decide(
       manual_axes: the mesh axes that are manual; None for all.
       forced: whether the kernel is wanted also where psum is expected to be as fast.
     """
-    ranks = _group_size(mesh, names)
+    ranks = group_size(mesh, names)
     message = _Message(x_shape, dtype)
     if reason := next(_nothing_to_gain(message, ranks), None):
         return Support(False, reason, deliberate=True)
@@ -267,7 +272,3 @@ def _machine_objections(client: object | None) -> Iterator[str]:
         yield f"the devices span {facts.processes} hosts or processes; the kernel needs one process"
     if not facts.nvlinked:
         yield "not every pair of GPUs has NVLink peer access (nvidia-smi topo -m)"
-
-
-def _group_size(mesh: AnyMesh, names: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[name] for name in names)

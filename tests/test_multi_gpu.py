@@ -79,26 +79,6 @@ def test_alternating_sizes(tp):
     assert not np.any(jax.device_get(wrong))
 
 
-def test_groups_do_not_mix(require_gpus):
-    """Hazards 7 and 25: the groups of a 2D mesh reduce apart, in both orders of its axes."""
-    devices = require_gpus(4)
-    case = Case((4,), 640)
-    for names in (("data", "tp"), ("tp", "data")):
-        mesh = make_mesh((2, 2), names, devices)
-        inputs = make_inputs(case, 2)
-        specs = (P("tp", "data"), P("data"), P(), P())
-
-        def local(x, *others):
-            return jga.fused_post_ff(x[0], *others, axis_name="tp", implementation="cuda")
-
-        call = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data")))
-        placed = [
-            jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(inputs.operands(), specs)
-        ]
-        out = np.asarray(call(*placed))
-        assert_matches(case, inputs, out, oracle_float64(case, inputs), exact_sum=True)
-
-
 def test_error_reaches_every_rank(tp):
     """Hazard 15: a message above the cap fails in Initialize on all ranks, without a hang,
     and the next call works."""

@@ -141,25 +141,29 @@ def test_oracles_reject_a_missing_rank():
         )
 
 
+def cases_with(half):
+    """Any shape and options, each dtype `half` or float32."""
+    dtypes = st.sampled_from([half, F32])
+    return st.builds(
+        Case,
+        leading=st.lists(st.integers(1, 9), max_size=3).map(tuple),
+        hidden=st.integers(4, 90).map(lambda blocks: 64 * blocks),
+        dtype=dtypes,
+        residual_dtype=dtypes,
+        scale_dtype=dtypes,
+        layer_scalar=st.sampled_from([None, (), (1,)]),
+        scale_offset=st.sampled_from([0.0, 1.0]),
+        seed=st.integers(0, 2**16),
+    )
+
+
 @settings(
     max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(
-    st.builds(
-        Case,
-        leading=st.lists(st.integers(1, 9), max_size=3).map(tuple),
-        hidden=st.integers(4, 90).map(lambda blocks: 64 * blocks),
-        dtype=st.sampled_from([BF16, F32]),
-        residual_dtype=st.sampled_from([BF16, F32]),
-        scale_dtype=st.sampled_from([BF16, F32]),
-        layer_scalar=st.sampled_from([None, (), (1,)]),
-        scale_offset=st.sampled_from([0.0, 1.0]),
-        seed=st.integers(0, 2**16),
-    )
-)
+@given(st.sampled_from([BF16, F16]).flatmap(cases_with))
 def test_any_shape(runner, case):
     inputs = make_inputs(case, runner.ranks)
     out = runner.run(case, inputs)[0]
