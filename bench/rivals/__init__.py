@@ -6,11 +6,11 @@ FlashInfer. All partial sums are bfloat16. One process holds all ranks; ``create
 
 import functools
 import importlib.util
+import math
 from pathlib import Path
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 DIRECTORY = Path(__file__).parents[2] / "build" / "rivals"
@@ -80,8 +80,8 @@ def wire(x: jax.Array, *, ranks: int, read: bool = False) -> jax.Array:
 
 def _call(kind, x, *others, ranks, read=False, eps=0.0, **options):
     loopback = x.ndim == 3
-    shape = x.shape[1:] if loopback else x.shape
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, vma=getattr(jax.typeof(x), "vma", None))]
+    message_bytes = math.prod(x.shape) * x.dtype.itemsize // (ranks if loopback else 1)
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     return jax.ffi.ffi_call(
         "rivals.loopback" if loopback else "rivals.mesh",
         outputs * (2 if kind == "all_reduce_norm" else 1),
@@ -90,7 +90,7 @@ def _call(kind, x, *others, ranks, read=False, eps=0.0, **options):
         x,
         *others,
         kind=kind,
-        one_shot=kind != "wire" and one_shot(ranks, int(np.prod(shape)) * jnp.dtype(x.dtype).itemsize),
+        one_shot=kind != "wire" and one_shot(ranks, message_bytes),
         read=read,
         eps=np.float32(eps),
     )
