@@ -15,7 +15,7 @@ as batched products; on a CPU only psum runs, with cut-down sizes.
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import common
@@ -70,9 +70,13 @@ MODELS = {
     "26B-A4B": Sizes(hidden=2816, ff=2112, heads=4096),
     "E4B": Sizes(hidden=2560, ff=10240, heads=2048, scalar=False),
 }
-SPECS = dict.fromkeys(("w_heads", "w_gate", "w_up"), P(None, "tp")) | dict.fromkeys(
-    ("w_out", "w_down"), P("tp", None)
-)
+SPECS = {
+    "w_heads": P(None, "tp"),
+    "w_gate": P(None, "tp"),
+    "w_up": P(None, "tp"),
+    "w_out": P("tp", None),
+    "w_down": P("tp", None),
+}
 
 
 def rmsnorm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -147,7 +151,7 @@ class Bench:
         shape = (tokens, sizes.hidden)
         return self._place(lambda key: jax.random.normal(key, shape, jnp.bfloat16), P())
 
-    def implementations(self) -> dict[str, tuple[Callable, Callable | None]]:
+    def implementations(self) -> Mapping[str, tuple[Callable, Callable | None]]:
         """Name: (blocks, tail)."""
         if self.mode == "loopback":
             return {

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,7 +215,11 @@ def emit(row: dict[str, Any]) -> None:
 
 
 def run_child(
-    flag_set: str, seconds: float, on_row: Callable[[dict[str, Any]], None], extra_flags: str = ""
+    flag_set: str,
+    seconds: float,
+    on_row: Callable[[dict[str, Any]], None],
+    extra_flags: str = "",
+    extra_arguments: Sequence[str] = (),
 ) -> str | None:
     """Runs this script again with its arguments and a flag set; what went wrong, or None.
 
@@ -227,7 +231,7 @@ def run_child(
     # The rivals' memory lies outside JAX's pool.
     environment = {"NCCL_NVLS_ENABLE": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.6", **os.environ}
     process = subprocess.Popen(
-        [sys.executable, *sys.argv, "--flag-set", flag_set],
+        [sys.executable, *sys.argv, *extra_arguments, "--flag-set", flag_set],
         env=environment | {"XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -289,7 +293,7 @@ def run_children(
     return {"facts": facts, "flag_sets": FLAG_SETS, "rows": rows, "notes": notes}
 
 
-def devices_for(ranks: int) -> tuple[str, list[jax.Device]]:
+def devices_for(ranks: int) -> tuple[str, list[Any]]:
     """The mode, "mesh", "loopback" or "cpu", and its devices; ranks 0 means all there are."""
     found = jax.devices()
     if found[0].platform == "gpu":
@@ -305,11 +309,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def grouped[Row, Key](
-    rows: Sequence[Row], key: Callable[[Row], Key]
-) -> Iterator[tuple[Key, list[Row]]]:
-    """Rows by key, in order of first appearance."""
-    groups: dict[Key, list[Row]] = {}
+def grouped(rows: Sequence[Any], *keys: str) -> dict[Any, list[Any]]:
+    """Rows by the value of a key, or the tuple of several, in order of first appearance."""
+    groups: dict[Any, list[Any]] = {}
     for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    yield from groups.items()
+        values = tuple(row[key] for key in keys)
+        groups.setdefault(values if len(keys) > 1 else values[0], []).append(row)
+    return groups

@@ -290,7 +290,7 @@ class Bench:
             x.reshape(self.ranks, -1)[:, : 2 * x[0].size // self.ranks]
             for x in (*read(state, []), jnp.roll(state[0], -1, axis=0))
         ]
-        return bool(jnp.array_equal(*sent))
+        return bool(jnp.array_equal(sent[0], sent[1]))
 
     def measure(self, config: Config, compiled: dict[str, concurrent.futures.Future]) -> None:
         """Times the programs of one line and emits their rows."""

@@ -30,7 +30,7 @@ LABELS = {
     "sum": "sum + tail, no collective",
     "fused": "fused",
     "flashinfer norm + tail": "FlashInfer norm + XLA tail",
-    "flashinfer all-reduce": "FlashInfer all-reduce alone",
+    "flashinfer all-reduce": "FlashInfer all-reduce",
     "wire": "wire",
 }
 
@@ -93,12 +93,9 @@ def faster(base: Timing | None, other: Timing | None) -> str:
 def op_markdown(record: Record) -> str:
     """Two tables, wall and kernel time, for each operation and width."""
     parts = [f"## Operations\n\n{headline(record)}"]
-    for (op, hidden), rows in common.grouped(
-        record["rows"], lambda row: (row["op"], row["hidden"])
-    ):
+    for (op, hidden), rows in common.grouped(record["rows"], "op", "hidden").items():
         lines = {
-            tokens: best(line, "wall_us")
-            for tokens, line in common.grouped(rows, lambda row: row["tokens"])
+            tokens: best(line, "wall_us") for tokens, line in common.grouped(rows, "tokens").items()
         }
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
         base = "sum" if "sum" in names else "psum"
@@ -158,10 +155,10 @@ def block_markdown(record: Record) -> str:
         f"## Blocks\n\n{headline(record)}; {facts.get('layers')} layers; copies run at "
         f"{facts.get('bandwidth', 0) / 1e12:.2f} TB/s"
     ]
-    for model, rows in common.grouped(record["rows"], lambda row: row["model"]):
+    for model, rows in common.grouped(record["rows"], "model").items():
         lines = {
             tokens: best(line, "layer_us")
-            for tokens, line in common.grouped(rows, lambda row: row["tokens"])
+            for tokens, line in common.grouped(rows, "tokens").items()
         }
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
         base = "sum" if "sum" in names else "psum"
@@ -210,27 +207,19 @@ def _microsecond_axis(axes) -> None:
 
 
 def _label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names lines at their right ends, (x, y, label, colour), moved apart where they would meet."""
-    if not ends:
-        return
-    log = axes.get_yscale() == "log"
-    low, high = axes.get_ylim()
-    from math import log10  # noqa: PLC0415
-
-    def height(y):
-        return (log10(y / low) / log10(high / low)) if log else (y - low) / (high - low)
-
-    gap, at = 0.062, -1.0
-    placed = []
-    for x, y, label, color in sorted(ends, key=lambda end: end[1]):
-        at = max(height(y), at + gap)
-        placed.append((x, y, label, color, at))
-    for x, y, label, color, at in placed:
+    """Names lines at their right ends, (x, y, label, colour), apart where they would meet."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = sorted(ends, key=lambda end: end[1])
+    wanted = [to_axes.transform((x, y))[1] for x, y, _, _ in ends]
+    heights: list[float] = []
+    for height in wanted:
+        heights.append(max(height, heights[-1] + 0.062) if heights else height)
+    shift = sum(heights) / len(heights) - sum(wanted) / len(wanted) if ends else 0
+    for (x, y, label, color), height in zip(ends, heights):
         axes.annotate(
             label,
             xy=(x, y),
-            xycoords="data",
-            xytext=(1.03, at),
+            xytext=(1.04, height - shift),
             textcoords="axes fraction",
             color=color,
             fontsize=9,
@@ -247,9 +236,9 @@ def op_plot(record: Record, path: Path, op: str = "post_ff") -> None:
     table = {
         hidden: {
             tokens: best(line, "wall_us")
-            for tokens, line in common.grouped(lines, lambda row: row["tokens"])
+            for tokens, line in common.grouped(lines, "tokens").items()
         }
-        for hidden, lines in common.grouped(rows, lambda row: row["hidden"])
+        for hidden, lines in common.grouped(rows, "hidden").items()
     }
     hidden = max(table)
     tokens = sorted(table[hidden])
@@ -257,7 +246,11 @@ def op_plot(record: Record, path: Path, op: str = "post_ff") -> None:
 
     figure = Figure(figsize=(12.5, 4.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _panel(left, f"Latency of {op}, D = {hidden:,}", "us a call, wall time in a JAX program")
+    _panel(
+        left,
+        f"Latency of {op}, D = {hidden:,}",
+        "us a call: wall time in a JAX program (dots), kernel time (dashes)",
+    )
     _microsecond_axis(left)
     ends = []
     for name in (base, "flashinfer norm + tail", "fused"):
@@ -277,7 +270,7 @@ def op_plot(record: Record, path: Path, op: str = "post_ff") -> None:
             ends.append(
                 (x[-1], y[-1], LABELS[name] + (", best flags" * (name == "psum")), COLORS[name])
             )
-    for name, dashes in (("flashinfer all-reduce", (5, 2)), ("wire", (1, 1.5))):
+    for name, dashes in (("fused", (5, 2)), ("flashinfer all-reduce", (5, 2)), ("wire", (1, 1.5))):
         points = [
             (t, table[hidden][t][name].kernel)
             for t in tokens
@@ -285,8 +278,9 @@ def op_plot(record: Record, path: Path, op: str = "post_ff") -> None:
         ]
         if points:
             x, y = zip(*points)
-            left.plot(x, y, color=COLORS["floor"], linewidth=1.2, dashes=dashes)
-            ends.append((x[-1], y[-1], f"{LABELS[name]} (kernel)", COLORS["floor"]))
+            color = COLORS.get(name, COLORS["floor"])
+            left.plot(x, y, color=color, linewidth=1.2, dashes=dashes)
+            ends.append((x[-1], y[-1], f"{LABELS[name]}, kernel", color))
     _token_axis(left, tokens)
     _label_ends(left, ends)
 
@@ -315,13 +309,13 @@ def block_plot(record: Record, path: Path) -> None:
     """Time a layer over tokens, a panel for each model, with its floors."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    models = dict(common.grouped(record["rows"], lambda row: row["model"]))
+    models = common.grouped(record["rows"], "model")
     figure = Figure(figsize=(5.6 * len(models), 4.6), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     for axes, (model, rows) in zip(panels, models.items()):
         lines = {
             tokens: best(line, "layer_us")
-            for tokens, line in common.grouped(rows, lambda row: row["tokens"])
+            for tokens, line in common.grouped(rows, "tokens").items()
         }
         tokens = sorted(lines)
         _panel(axes, f"Block of {model}", "us a layer, wall time")

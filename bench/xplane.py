@@ -129,7 +129,7 @@ def attribute(trace: Trace) -> dict[str, dict[str, float]]:
     """
     devices = {}
     for device, kernels in trace.items():
-        times = dict.fromkeys(ORDER, 0.0)
+        times: dict[str, float] = dict.fromkeys(ORDER, 0.0)
         until = kernels[0].start
         for kernel in kernels:
             times[IDLE] += max(0.0, kernel.start - until)
