@@ -100,6 +100,7 @@ def plot(  # noqa: PLR0917
 ) -> None:
     """Timelines of the first device on one scale, over stacked bars of the same device."""
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.patches import Patch  # noqa: PLC0415
 
     sums = {label: next(iter(side["devices"].values())) for label, side in result.items()}
     if microseconds is None:  # two parts of the slower one; of a trace of unknown parts, some
@@ -152,14 +153,13 @@ def plot(  # noqa: PLR0917
             left += width
         wall = f"   (wall, in CUDA graphs: {walls[label]})" if label in walls else ""
         bars.text(left, y, f"  {left:.1f}{wall}", va="center", fontsize=10)
-    unit = "layer" if parts > 1 else "trace"
     bars.set_xlim(0, 1.32 * max(sum(times.values()) for times in sums.values()))
     bars.set_xlabel(
         f"us a {unit}, without CUDA graphs; hatched: more than the fastest rank needed", fontsize=9
     )
     shown = [kind for kind in xplane.ORDER if any(times[kind] for times in sums.values())]
     handles = [
-        bars.barh(0, 0, color=COLORS[kind], edgecolor="#bbbbbb", linewidth=0.4) for kind in shown
+        Patch(facecolor=COLORS[kind], edgecolor="#bbbbbb", linewidth=0.4) for kind in shown
     ]
     figure.legend(handles, shown, loc="upper right", ncols=len(shown), frameon=False, fontsize=9.5)
     figure.savefig(path, dpi=160, facecolor="white")
