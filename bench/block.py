@@ -124,7 +124,7 @@ class Bench:
 
     def sizes(self, model: str) -> Sizes:
         sizes = MODELS[model]
-        return sizes if self.mode != "cpu" else dataclasses.replace(sizes, ff=1024, heads=512)
+        return sizes if self.mode != "cpu" else Sizes(sizes.hidden // 4, ff=1024, heads=512)
 
     def _place(self, make: Callable, specs: Any) -> Any:
         shardings = jax.tree.map(functools.partial(jax.NamedSharding, self.mesh), specs)
@@ -289,9 +289,7 @@ def main() -> None:
     content = common.run_children(
         flag_sets, arguments, "{implementation}, {model}, {tokens} tokens"
     )
-    path = common.write_record("block", content, arguments.out)
-    print(report.block_markdown(report.read(path)))
-    print(f"\n{path}")
+    report.finish("block", content, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs GPUs, on a machine that has the package installed: what the machine is, the
-# loopback and multi_gpu tests, compute-sanitizer on a selection, and timings. Each step has a time
-# limit, since a kernel that spins for a peer would not end by itself.
+# loopback and multi_gpu tests, compute-sanitizer on a selection, and the benchmarks. Each step has
+# a time limit, since a kernel that spins for a peer might not end by itself.
 #
-#   bench/gpu.sh [report|test|sanitize|speed]...      default: all
+#   bench/gpu.sh [report|test|sanitize|speed|quick]...      default: all but quick
+#
+# Records and plots go to $OUT, else to bench/records. COMMIT names the commit where there is no git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 gpus=$(nvidia-smi -L | wc -l)
@@ -24,19 +26,28 @@ run_sanitize() {
     step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/sanitize.py
   done
 }
-run_speed() {
-  step 120 python3 bench/op.py --mode loopback --ranks 2 --tokens 1 16 64 256 1024
+run_speed() {  # loopback where there is one GPU
   if ((gpus > 1)); then
-    step 200 python3 bench/op.py --mode mesh --ranks 2 --hidden 5376 2560
+    step 330 python3 bench/op.py --hidden 5376 --child-seconds 120
+    step 240 python3 bench/block.py --flag-sets A C
+  else
+    step 150 python3 bench/op.py --hidden 5376
+    step 120 python3 bench/block.py --models 31B
   fi
+  step 120 python3 bench/profile_compare.py
   step 120 python3 examples/demo.py
+}
+run_quick() {
+  step 90 python3 bench/op.py --quick
+  step 90 python3 bench/block.py --quick
+  step 90 python3 bench/profile_compare.py --quick
 }
 
 for part in "${@:-all}"; do
   case "$part" in
     all) run_report; run_test; run_sanitize; run_speed ;;
-    report | test | sanitize | speed) "run_$part" ;;
-    *) echo "unknown part: $part; use report, test, sanitize or speed" >&2; exit 2 ;;
+    report | test | sanitize | speed | quick) "run_$part" ;;
+    *) echo "unknown part: $part; use report, test, sanitize, speed or quick" >&2; exit 2 ;;
   esac
 done
 exit "$failed"

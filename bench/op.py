@@ -23,7 +23,7 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -368,7 +368,8 @@ def work(arguments: argparse.Namespace) -> None:
         bench.measure(*plan.pop(0))
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, with their defaults filled in."""
     parser = argparse.ArgumentParser(description="Times the fused operations against every rival.")
     common.add_arguments(parser, child_seconds=240)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=None, help="default: all")
@@ -382,22 +383,26 @@ def main() -> None:
         default=[],
         help="time the kernel also with its algorithm forced",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     quick = arguments.quick
     arguments.ops = arguments.ops or (["post_ff"] if quick else list(OPS))
     arguments.hidden = arguments.hidden or ([5376] if quick else list(common.HIDDEN.values()))
     arguments.tokens = arguments.tokens or (QUICK_TOKENS if quick else TOKENS)
+    if arguments.flag_sets is None:
+        arguments.flag_sets = ["A", "C"] if quick else list(common.FLAG_SETS)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
     if common.in_child(arguments):
         work(arguments)
         return
 
-    flag_sets = arguments.flag_sets or (["A", "C"] if quick else list(common.FLAG_SETS))
     content = common.run_children(
-        flag_sets, arguments, "{implementation}, D {hidden}, {tokens} tokens"
+        arguments.flag_sets, arguments, "{implementation}, D {hidden}, {tokens} tokens"
     )
-    path = common.write_record("op", content, arguments.out)
-    print(report.op_markdown(report.read(path)))
-    print(f"\n{path}")
+    report.finish("op", content, arguments.out)
 
 
 if __name__ == "__main__":

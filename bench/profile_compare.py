@@ -96,9 +96,13 @@ def plot(  # noqa: PLR0917
     parts: int,
     result: dict[str, Any],
     walls: dict[str, common.Spread],
-    microseconds: float | None = None,
+    unit: str,
+    microseconds: float | None,
 ) -> None:
-    """Timelines of the first device on one scale, over stacked bars of the same device."""
+    """Timelines of the first device on one scale, over stacked bars of the same device.
+
+    unit: what one of the parts is; microseconds: the length of the timelines, None for two parts.
+    """
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
 
@@ -155,12 +159,10 @@ def plot(  # noqa: PLR0917
         bars.text(left, y, f"  {left:.1f}{wall}", va="center", fontsize=10)
     bars.set_xlim(0, 1.32 * max(sum(times.values()) for times in sums.values()))
     bars.set_xlabel(
-        f"us a {unit}, without CUDA graphs; hatched: more than the fastest rank needed", fontsize=9
+        f"us a {unit}, kernel by kernel; hatched: more than the fastest rank needed", fontsize=9
     )
     shown = [kind for kind in xplane.ORDER if any(times[kind] for times in sums.values())]
-    handles = [
-        Patch(facecolor=COLORS[kind], edgecolor="#bbbbbb", linewidth=0.4) for kind in shown
-    ]
+    handles = [Patch(facecolor=COLORS[kind], edgecolor="#bbbbbb", linewidth=0.4) for kind in shown]
     figure.legend(handles, shown, loc="upper right", ncols=len(shown), frameon=False, fontsize=9.5)
     figure.savefig(path, dpi=160, facecolor="white")
 
@@ -261,7 +263,8 @@ def main() -> None:
     path = common.write_record("profile", content | {"comparison": result}, arguments.out)
     print(f"## {title}\n\n{markdown(result, walls)}\n")
     picture = path.with_suffix(".png")
-    plot(picture, title, traces, parts, result, walls, arguments.window_us)
+    unit = "part" if arguments.traces else "layer"
+    plot(picture, title, traces, parts, result, walls, unit, arguments.window_us)
     print(f"{path}\n{picture}")
 
 

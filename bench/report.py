@@ -228,11 +228,14 @@ def _label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
-def op_plot(record: Record, path: Path, op: str = "post_ff") -> None:
-    """Latency over tokens at the largest width, and speed-up over the best psum at every width."""
+def op_plot(record: Record, path: Path) -> None:
+    """Latency over tokens at the largest width, and speed-up over the best psum at every width.
+
+    Of the record's first operation.
+    """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    rows = [row for row in record["rows"] if row["op"] == op]
+    op, rows = next(iter(common.grouped(record["rows"], "op").items()))
     table = {
         hidden: {
             tokens: best(line, "wall_us")
@@ -339,6 +342,27 @@ def block_plot(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
 
 
+def finish(kind: str, content: Record, directory: Path) -> None:
+    """Writes a record and its plot, and prints its tables."""
+    path = common.write_record(kind, content, directory)
+    record = read(path)
+    print(markdown(record))
+    print(f"\n{path}")
+    if any("wall_us" in row or "layer_us" in row for row in record["rows"]):
+        plot(record, path.with_suffix(".png"))
+        print(path.with_suffix(".png"))
+
+
+def markdown(record: Record) -> str:
+    """The tables of a record."""
+    return {"op": op_markdown, "block": block_markdown}[record["kind"]](record)
+
+
+def plot(record: Record, path: Path) -> None:
+    """The picture of a record."""
+    {"op": op_plot, "block": block_plot}[record["kind"]](record, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Tables on the terminal, plots beside the records."
@@ -349,16 +373,11 @@ def main() -> None:
     for path in arguments.records:
         record = read(path)
         folder = arguments.out or path.parent
-        plot = folder / f"{path.stem}.png"
-        if record["kind"] == "op":
-            print(op_markdown(record))
-            op_plot(record, plot)
-        elif record["kind"] == "block":
-            print(block_markdown(record))
-            block_plot(record, plot)
-        else:
-            raise SystemExit(f'{path}: kind must be "op" or "block", got {record["kind"]!r}')
-        print(f"\n{plot}\n")
+        if record["kind"] not in ("op", "block"):
+            parser.error(f'{path}: kind must be "op" or "block", got {record["kind"]!r}')
+        print(markdown(record))
+        plot(record, folder / f"{path.stem}.png")
+        print(f"\n{folder / path.stem}.png\n")
 
 
 if __name__ == "__main__":

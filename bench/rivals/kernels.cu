@@ -18,8 +18,8 @@ constexpr int kElements = 16 / sizeof(T);  // of one access
 constexpr int kWireThreads = 512;
 
 // One launch of FlashInfer. allreduce_fusion_kernel_launcher is followed step by step but not
-// called: in loopback it would start more blocks than can be resident together. Without programmatic
-// dependent launch, which has no neighbour to overlap with in XLA's graphs.
+// called: in loopback it would start more blocks than can be resident together. Without
+// programmatic dependent launch, which has no neighbour to overlap with in XLA's graphs.
 template <Pattern kPattern, int kRanks>
 cudaError_t EnqueueFlashInfer(const Launch& launch, cudaStream_t stream) {
   fi::AllReduceFusionParams<T> params{};
@@ -37,11 +37,10 @@ cudaError_t EnqueueFlashInfer(const Launch& launch, cudaStream_t stream) {
   params.rms_eps = launch.eps;
 
   const void* kernel =
-      launch.one_shot
-          ? reinterpret_cast<const void*>(
-                fi::allreduce_fusion_kernel_oneshot_lamport<kPattern, T, kRanks, true>)
-          : reinterpret_cast<const void*>(
-                fi::allreduce_fusion_kernel_twoshot_sync<kPattern, T, kRanks, true>);
+      launch.one_shot ? reinterpret_cast<const void*>(
+                            fi::allreduce_fusion_kernel_oneshot_lamport<kPattern, T, kRanks, true>)
+                      : reinterpret_cast<const void*>(
+                            fi::allreduce_fusion_kernel_twoshot_sync<kPattern, T, kRanks, true>);
   std::array<int, kRanks> begin{}, count{};
   int rows = launch.tokens;
   if (!launch.one_shot) {

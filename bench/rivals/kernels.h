@@ -31,10 +31,10 @@ struct Launch {
   int rank;
   int tokens;
   int hidden;
-  int sharing;     // how many ranks this GPU holds: 1, or all of them in loopback
-  void** table;    // FlashInfer's workspace pointers, on the device
+  int sharing;   // how many ranks this GPU holds: 1, or all of them in loopback
+  void** table;  // FlashInfer's workspace pointers, on the device
   Wire wire;
-  const void* x;   // [tokens, hidden], bfloat16, as all that follow
+  const void* x;  // [tokens, hidden], bfloat16, as all that follow
   const void* residual;
   const void* norm_scale;
   void* out;
@@ -44,9 +44,7 @@ struct Launch {
 
 // Bytes that one rank sends to one peer in a perfect all-reduce of `bytes`: a reduce-scatter, then
 // an all-gather, of 1 / ranks of the message each.
-inline int64_t WireBytes(int64_t bytes, int ranks) {
-  return (2 * bytes / ranks + 15) / 16 * 16;
-}
+inline int64_t WireBytes(int64_t bytes, int ranks) { return (2 * bytes / ranks + 15) / 16 * 16; }
 
 // Enqueues one kernel.
 cudaError_t Enqueue(const Launch& launch, cudaStream_t stream);

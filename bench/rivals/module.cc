@@ -35,7 +35,8 @@ struct Rank {
 };
 
 // One-shot and two-shot have control blocks and pointer tables of their own, so that no counter
-// serves two kernels. FlashInfer's table: data, flags and Lamport buffers of every rank, own control.
+// serves two kernels. FlashInfer's table: data, flags and Lamport buffers of every rank, own
+// control.
 struct Group {
   std::vector<Rank> ranks;
   int64_t one_shot_bytes, two_shot_bytes;  // largest messages
@@ -73,8 +74,9 @@ void Create(const std::vector<int>& devices, int64_t one_shot_bytes, int64_t two
     Rank rank{device, nullptr, nullptr, nullptr};
     Check(cudaSetDevice(device), "cudaSetDevice");
     Check(cudaMalloc(reinterpret_cast<void**>(&rank.base), made->total),
-          std::to_string(made->total) + " bytes outside JAX's pool (lower "
-                                        "XLA_PYTHON_CLIENT_MEM_FRACTION)");
+          std::to_string(made->total) +
+              " bytes outside JAX's pool (lower "
+              "XLA_PYTHON_CLIENT_MEM_FRACTION)");
     Check(cudaMemset(rank.base, 0, made->total), "cudaMemset");
     Check(FillNegativeZero(rank.base + made->lamport, 3 * n * one_shot_bytes), "-0.0");
     Check(Preload(), "loading the kernels");
@@ -148,7 +150,8 @@ Error Execute(cudaStream_t stream, int32_t device, std::string_view kind, bool o
   const int64_t bytes = static_cast<int64_t>(x.size_bytes()) / (loopback ? n : 1);
   const int64_t hidden = dimensions.back();
   if (bytes > (one_shot ? g.one_shot_bytes : g.two_shot_bytes)) {
-    return invalid("a message of " + std::to_string(bytes) + " bytes is above what create was told");
+    return invalid("a message of " + std::to_string(bytes) +
+                   " bytes is above what create was told");
   }
   Launch launch{};
   launch.kind = kind == "all_reduce"        ? Kind::kAllReduce
@@ -195,8 +198,8 @@ Error Execute(cudaStream_t stream, int32_t device, std::string_view kind, bool o
     if (error == cudaSuccess) error = Enqueue(launch, own);
     if (error == cudaSuccess && read) {  // the slot of the next rank, whose first WireBytes it sent
       const char* slot = launch.wire.mailbox[r] + (r + 1) % n * launch.wire.slot_bytes;
-      error = cudaMemcpyAsync(launch.out, slot, launch.wire.slot_bytes, cudaMemcpyDeviceToDevice,
-                              own);
+      error =
+          cudaMemcpyAsync(launch.out, slot, launch.wire.slot_bytes, cudaMemcpyDeviceToDevice, own);
     }
     if (error == cudaSuccess && own != stream) error = cudaEventRecord(rank.joined, own);
     if (error == cudaSuccess && own != stream) error = cudaStreamWaitEvent(stream, rank.joined);
@@ -205,7 +208,8 @@ Error Execute(cudaStream_t stream, int32_t device, std::string_view kind, bool o
   return Error::Internal(std::string(kind) + ": " + cudaGetErrorString(error));
 }
 
-XLA_FFI_DEFINE_HANDLER(kPrepare, Prepare, ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>());
+XLA_FFI_DEFINE_HANDLER(kPrepare, Prepare,
+                       ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>());
 
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                        ffi::Ffi::Bind()
