@@ -126,30 +126,29 @@ class Bench:
         sizes = MODELS[model]
         return sizes if self.mode != "cpu" else Sizes(sizes.hidden // 4, ff=1024, heads=512)
 
-    def _place(self, make: Callable, specs: Any) -> Any:
+    def _generator(self, make: Callable, specs: Any) -> Callable:
         shardings = jax.tree.map(functools.partial(jax.NamedSharding, self.mesh), specs)
-        return jax.jit(make, out_shardings=shardings)(jax.random.key(0))
+        return jax.jit(make, out_shardings=shardings)
 
     def parameters(self, sizes: Sizes) -> list[Layer]:
         """Random layers, sharded over the ranks as tensor parallelism does."""
         shapes = sizes.shapes()
 
-        def make(key, index):
-            keys = jax.random.split(jax.random.fold_in(key, index), len(shapes))
+        def make(key):
             layer = {}
-            for noise_key, (name, shape) in zip(keys, shapes.items()):
+            for noise_key, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items()):
                 noise = jax.random.normal(noise_key, shape, jnp.bfloat16)
                 layer[name] = noise * shape[0] ** -0.5 if len(shape) == 2 else 1 + noise / 8
             return layer
 
-        specs = {name: SPECS.get(name, P()) for name in shapes}
-        return [
-            self._place(functools.partial(make, index=index), specs) for index in range(self.layers)
-        ]
+        generate = self._generator(make, {name: SPECS.get(name, P()) for name in shapes})
+        key = jax.random.key(0, impl="rbg")  # compiles fast
+        return [generate(jax.random.fold_in(key, index)) for index in range(self.layers)]
 
     def hidden(self, sizes: Sizes, tokens: int) -> jax.Array:
         shape = (tokens, sizes.hidden)
-        return self._place(lambda key: jax.random.normal(key, shape, jnp.bfloat16), P())
+        generate = self._generator(lambda key: jax.random.normal(key, shape, jnp.bfloat16), P())
+        return generate(jax.random.key(1, impl="rbg"))
 
     def implementations(self) -> Mapping[str, tuple[Callable, Callable | None]]:
         """Name: (blocks, tail)."""

@@ -28,11 +28,11 @@ run_sanitize() {
 }
 run_speed() {  # loopback where there is one GPU
   if ((gpus > 1)); then
-    step 330 python3 bench/op.py --hidden 5376 --child-seconds 120
-    step 240 python3 bench/block.py --flag-sets A C
+    step 420 python3 bench/op.py --hidden 5376
+    step 240 python3 bench/block.py --models 31B E4B --tokens 1 16 128 1024 --flag-sets A C
   else
-    step 150 python3 bench/op.py --hidden 5376
-    step 120 python3 bench/block.py --models 31B
+    step 240 python3 bench/op.py --hidden 5376
+    step 150 python3 bench/block.py --models 31B --tokens 1 16 128 1024
   fi
   step 120 python3 bench/profile_compare.py
   step 120 python3 examples/demo.py
