@@ -27,13 +27,13 @@ MAX_NEXT_NORMS = 3
 MAX_MESSAGE_BYTES = 256 << 20
 #: Bytes of the partial sums on one rank up to which one-shot is used, by axis size. One-shot pushes
 #: N - 1 messages and has no barrier; two-shot moves 2 (N - 1) / N messages between barriers of 7 us
-#: together. N = 2, measured on two H100s: one-shot is the faster at every size, but by only 5% from 10 MiB,
-#: where its three Lamport generations of N messages take three times two-shot's memory. N = 4 and
-#: 8, not measured: where the wire time saved, at 320 GB/s, is worth the barriers.
+#: together. N = 2, measured on two H100s: one-shot is the faster at every size, but by only 5% from
+#: 10 MiB, where its three Lamport generations of N messages take three times two-shot's memory.
+#: N = 4 and 8, not measured: where the wire time saved, at 320 GB/s, is worth the barriers.
 ONE_SHOT_MAX_BYTES = {2: 16 << 20, 4: 1 << 20, 8: 512 << 10}
 #: Bytes of the partial sums on one rank above which psum is taken unless implementation is "cuda".
-#: Measured on two H100s: XLA's all-reduce catches up at 22 MB and is 12% ahead at 88 MB, where the wire is all that
-#: counts and the kernel's extra passes over memory show. N = 4 and 8 not measured.
+#: Measured on two H100s: XLA's all-reduce catches up at 22 MB and is 12% ahead at 88 MB, where the
+#: wire is all that counts and the kernel's extra passes over memory show. N = 4 and 8 not measured.
 PSUM_ABOVE_BYTES = 16 << 20
 #: Architectures that the extension holds code for: Hopper and datacenter Blackwell.
 COMPUTE_CAPABILITIES = ("9.0", "10.0")
