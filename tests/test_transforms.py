@@ -236,11 +236,15 @@ def test_scan_and_while(devices, op):
         return inputs._replace(residual=call_op(case, inputs, **options)[0])
 
     def scanned(inputs):
-        step = lambda state, _: (one_step(state), None)  # noqa: E731
+        def step(state, _):
+            return one_step(state), None
+
         return jax.lax.scan(step, one_rank(inputs), length=steps)[0].residual
 
     def looped(inputs):
-        step = lambda state: (state[0] + 1, one_step(state[1]))  # noqa: E731
+        def step(state):
+            return state[0] + 1, one_step(state[1])
+
         init = (0, one_rank(inputs))
         return jax.lax.while_loop(lambda state: state[0] < steps, step, init)[1].residual
 
@@ -252,24 +256,27 @@ def test_scan_and_while(devices, op):
         assert_close(jax.jit(call)(place(mesh, inputs, in_specs(case))), want.residual)
 
 
-@pytest.mark.parametrize(
-    "batched",
-    [
-        {"partial_sums"},
-        {"residual"},
-        {"partial_sums", "residual"},
-        {"norm_scales"},
-        {"layer_scalar"},
-        {"next_norm_scales"},
-    ],
-    ids="+".join,
-)
-def test_vmap(devices, case, batched):
+VMAPPED = [
+    (op, fields)
+    for op, case in CASES.items()
+    for fields in (
+        ("partial_sums",),
+        ("residual",),
+        ("partial_sums", "residual"),
+        ("norm_scales",),
+        ("layer_scalar",),
+        ("next_norm_scales",),
+    )
+    if all(getattr(in_specs(case), field) for field in fields)
+]
+
+
+@pytest.mark.parametrize(("op", "batched"), VMAPPED, ids=str)
+def test_vmap(devices, op, batched):
     """vmap inside the shard_map, over any operand, the batch axis last."""
+    case = CASES[op]
     mesh = tp_mesh(devices)
     inputs = make_inputs(case, len(devices))
-    if not any(jax.tree.leaves(getattr(in_specs(case), field)) for field in batched):
-        batched = {"partial_sums"}
     rng = np.random.default_rng(1)
 
     def add_batch(array):
