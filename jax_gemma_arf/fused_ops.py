@@ -33,10 +33,9 @@ def fused_post_ff(
 
         (rmsnorm(psum(x, axis_name)) * (scale_offset + norm_scale) + residual) * layer_scalar
 
-    Norm, then add: Gemma's order, not Llama's. On NVLinked CUDA devices this is one launch of
-    FlashInfer's all-reduce with a Gemma epilogue; anywhere else it is psum and the same arithmetic,
-    and the reason is logged once by the logger ``jax_gemma_arf``: at WARNING where a CUDA device
-    lacks something for the kernel, else at INFO.
+    Norm, then add: Gemma's order, not Llama's. On NVLinked CUDA devices this is one kernel launch;
+    anywhere else it is psum and the same arithmetic, and the reason is logged once by the logger
+    ``jax_gemma_arf``: at WARNING where a CUDA device lacks something for the kernel, else at INFO.
 
     Numerics. The kernel sums the ranks in float32 in rank order 0..N-1 and rounds once to x.dtype;
     psum adds in x.dtype. Everything after the sum is float32, with one rounding, to residual.dtype,
