@@ -80,6 +80,12 @@ def test_psum_is_in_the_dtype_of_x(mesh):
     assert types == "(tensor<4x5376xbf16>) -> tensor<4x5376xbf16>"
 
 
+def test_the_rounding_of_hidden_is_pinned(mesh):
+    """XLA drops a pair of conversions on GPUs, but not a reduce_precision."""
+    text = lowered(mesh, "sandwich", implementation="xla")
+    assert "format = e8m7" in text
+
+
 def test_abstract_mesh():
     """No device at all: the lowering depends on static facts only."""
     mesh = jax.sharding.AbstractMesh((2,), ("tp",))
