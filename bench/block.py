@@ -25,8 +25,8 @@ import report
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
-from jax_gemma_arf.loopback import loopback_post_ff
-from jax_gemma_arf.reference import post_ff_tail
+from jax_gemma_arf import loopback
+from jax_gemma_arf.reference import Operands, post_ff_tail
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 QUICK_TOKENS = (4, 1024)
@@ -101,6 +101,18 @@ def with_post_ff(h: jax.Array, layers: list[Layer], scalar: tuple, tail, project
     return h
 
 
+def with_sandwich(h: jax.Array, layers: list[Layer], scalar: tuple, tail, project) -> jax.Array:
+    """Blocks whose tails are calls of fused_sandwich, which does the next pre-norm too."""
+    x = rmsnorm(h, layers[0]["pre_attention_norm"])
+    for p, following in zip(layers, (*layers[1:], layers[0])):
+        sums = project(x @ p["w_heads"], p["w_out"])
+        h, x = tail(sums, h, p["post_attention_norm"], next_norm_scale=p["pre_ff_norm"])
+        sums = feed_forward(x, p, project)
+        after = following["pre_attention_norm"]
+        h, x = tail(sums, h, p["post_ff_norm"], *scalar, next_norm_scale=after)
+    return h
+
+
 def matmuls_alone(h: jax.Array, layers: list[Layer], scalar: tuple, tail, project) -> jax.Array:
     """Without norms, all-reduce, residual and scalar: no tail can take less than nothing."""
     del scalar, tail
@@ -155,15 +167,18 @@ class Bench:
         if self.mode == "loopback":
             return {
                 "sum": (with_post_ff, lambda x, *others: post_ff_tail(rank_sum(x), *others)),
-                "fused": (with_post_ff, lambda *operands: loopback_post_ff(*operands)[0]),
+                "fused": (with_post_ff, loopback_post_ff),
+                "fused sandwich": (with_sandwich, loopback_sandwich),
                 "matmuls alone": (matmuls_alone, None),
             }
         tail = functools.partial(jga.fused_post_ff, axis_name="tp")
+        sandwich = functools.partial(jga.fused_sandwich, axis_name="tp", implementation="cuda")
         psum = {"psum": (with_post_ff, functools.partial(tail, implementation="xla"))}
         if self.mode == "cpu" or self.flag_set != "A":
             return psum
         return psum | {
             "fused": (with_post_ff, functools.partial(tail, implementation="cuda")),
+            "fused sandwich": (with_sandwich, sandwich),
             "matmuls alone": (matmuls_alone, None),
         }
 
@@ -225,6 +240,19 @@ def project_ranks(x: jax.Array, w: jax.Array, *, ranks: int, keep: bool) -> jax.
     x = x.reshape(len(x), ranks, -1)
     out = jnp.einsum("tnf,nfd->ntd", x, w.reshape(ranks, -1, w.shape[1]))
     return out if keep else out[0]
+
+
+def loopback_post_ff(x, *others):
+    """As rank 0 sees it."""
+    return loopback.loopback_post_ff(x, *others)[0]
+
+
+def loopback_sandwich(x, residual, norm_scale, scalar=None, *, next_norm_scale):
+    """As rank 0 sees it."""
+    scalar = None if scalar is None else jnp.asarray(scalar)
+    operands = Operands((x,), (norm_scale,), residual, scalar, (next_norm_scale,))
+    hidden, normed = loopback.loopback_tail(operands)
+    return hidden[0], normed[0]
 
 
 def rank_sum(x: jax.Array) -> jax.Array:

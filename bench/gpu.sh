@@ -28,10 +28,14 @@ run_sanitize() {
 }
 run_speed() {  # loopback where there is one GPU
   if ((gpus > 1)); then
-    step 420 python3 bench/op.py --hidden 5376
+    step 420 python3 bench/op.py --ops post_ff --hidden 5376
+    step 240 python3 bench/op.py --ops sandwich all_reduce_norm moe_tail --hidden 5376 \
+      --tokens 1 16 128 1024 4096 --flag-sets A C
     step 240 python3 bench/block.py --models 31B E4B --tokens 1 16 128 1024 --flag-sets A C
   else
-    step 240 python3 bench/op.py --hidden 5376
+    step 180 python3 bench/op.py --ops post_ff --hidden 5376
+    step 150 python3 bench/op.py --ops sandwich all_reduce_norm moe_tail --hidden 5376 \
+      --tokens 1 16 128 1024
     step 150 python3 bench/block.py --models 31B --tokens 1 16 128 1024
   fi
   step 120 python3 bench/profile_compare.py

@@ -30,6 +30,7 @@ from unittest import mock
 import common
 import jax
 import jax.numpy as jnp
+import numpy as np
 import report
 import rivals
 import xplane
@@ -37,11 +38,12 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import extension, support
-from jax_gemma_arf.loopback import loopback_post_ff
+from jax_gemma_arf.loopback import loopback_tail
+from jax_gemma_arf.reference import Operands
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK_TOKENS = (1, 64, 1024)
-SCALAR = 0.5
+SCALAR = np.float32(0.5)
 
 State = tuple[jax.Array, ...]
 
@@ -58,12 +60,13 @@ class Op(NamedTuple):
 
     link: (call, state, cold) -> the next link's state. It must hold all outputs of the call, lest
     XLA leave one out, and no array twice, lest XLA reduce it once. oracle: the call in float32,
-    with the partial sums of all ranks, [N, tokens, D]. states: how many arrays the state holds.
+    with the partial sums of all ranks, [N, tokens, D]. varying: for each array of the state,
+    whether it is partial sums or else the same on all ranks.
     """
 
     link: Callable[[Callable[..., Any], State, Cold], State]
     oracle: Callable[..., Any]
-    states: int
+    varying: tuple[bool, ...]
 
 
 def rmsnorm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -87,8 +90,71 @@ def post_ff_link(call, state, cold):
     return (call(x, cold.residual, cold.scales[0], SCALAR),)
 
 
-OPS = {"post_ff": Op(post_ff_link, post_ff_oracle, states=1)}
-LOOPBACK = {"post_ff": loopback_post_ff}
+def sandwich_oracle(x, residual, norm_scale, layer_scalar, *, next_norm_scale):
+    hidden = post_ff_oracle(x, residual, norm_scale, layer_scalar)
+    return hidden, rmsnorm(hidden, next_norm_scale).astype(x.dtype)
+
+
+def sandwich_link(call, state, cold):
+    x, hidden = state
+    hidden, normed = call(x, hidden, cold.scales[0], SCALAR, next_norm_scale=cold.scales[1])
+    return normed, hidden
+
+
+def sandwich_link_in_loopback(call, state, cold):
+    """There hidden is [N, tokens, D], which is no residual."""
+    (x,) = state
+    return call(x, cold.residual, cold.scales[0], SCALAR, next_norm_scale=cold.scales[1])[1:]
+
+
+def all_reduce_norm_oracle(x, norm_scale):
+    return rmsnorm(rank_sum(x), norm_scale).astype(x.dtype)
+
+
+def all_reduce_norm_link(call, state, cold):
+    (x,) = state
+    return (call(x, cold.scales[0]),)
+
+
+def moe_tail_oracle(
+    dense, experts, residual, dense_scale, expert_scale, norm_scale, scalar, *, next_norm_scale
+):
+    branches = rmsnorm(rank_sum(dense), dense_scale) + rmsnorm(rank_sum(experts), expert_scale)
+    hidden = ((rmsnorm(branches, norm_scale) + residual) * scalar).astype(dense.dtype)
+    return hidden, rmsnorm(hidden, next_norm_scale).astype(dense.dtype)
+
+
+def moe_tail_link(call, state, cold):
+    scales, next_norm_scale = cold.scales[:3], cold.scales[3]
+    return call(*state, cold.residual, *scales, SCALAR, next_norm_scale=next_norm_scale)
+
+
+OPS = {
+    "post_ff": Op(post_ff_link, post_ff_oracle, (True,)),
+    "sandwich": Op(sandwich_link, sandwich_oracle, (True, False)),
+    "all_reduce_norm": Op(all_reduce_norm_link, all_reduce_norm_oracle, (True,)),
+    "moe_tail": Op(moe_tail_link, moe_tail_oracle, (True, True)),
+}
+LOOPBACK_OPS = OPS | {"sandwich": Op(sandwich_link_in_loopback, sandwich_oracle, (True,))}
+
+
+OPERANDS = {
+    "post_ff": lambda x, residual, scale, scalar: Operands((x,), (scale,), residual, scalar),
+    "sandwich": lambda x, residual, scale, scalar, next_norm_scale: Operands(
+        (x,), (scale,), residual, scalar, (next_norm_scale,)
+    ),
+    "all_reduce_norm": lambda x, scale: Operands((x,), (scale,)),
+    "moe_tail": lambda dense, experts, residual, *scales, next_norm_scale: Operands(
+        (dense, experts), scales[:3], residual, scales[3], (next_norm_scale,)
+    ),
+}
+
+
+def loopback_call(op: str, *arrays, algorithm: str | None = None, **next_norm):
+    """A fused operation with the partial sums of all ranks, [N, tokens, D], on one GPU."""
+    results = loopback_tail(OPERANDS[op](*arrays, **next_norm), algorithm=algorithm)
+    hidden, *normed = results
+    return results if normed else hidden
 
 
 class Config(NamedTuple):
@@ -146,6 +212,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace):
         self.mode, devices = common.devices_for(arguments.ranks)
         self.ranks = (arguments.ranks or 2) if self.mode == "loopback" else len(devices)
+        self.ops = LOOPBACK_OPS if self.mode == "loopback" else OPS
         auto = (jax.sharding.AxisType.Auto,)
         self.mesh = jax.make_mesh((len(devices),), ("tp",), axis_types=auto, devices=devices)
         self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
@@ -167,10 +234,10 @@ class Bench:
 
     def contenders(self, config: Config) -> Iterator[Contender]:
         """In the order in which they are timed; the second time around comes by itself."""
-        link, oracle, _ = OPS[config.op]
+        link, oracle, _ = self.ops[config.op]
         want = oracle_chain(link, oracle)
         if self.mode == "loopback":
-            call = LOOPBACK[config.op]
+            call = functools.partial(loopback_call, config.op)
             yield Contender("sum", chain(link, oracle), want)
             yield Contender("fused", chain(link, call), want)
             for algorithm in self.algorithms:
@@ -241,8 +308,12 @@ class Bench:
         def make(key):
             keys = jax.random.split(key, 3)
             shape = (config.tokens, config.hidden)
-            states = OPS[config.op].states
-            state = jax.random.normal(keys[0], (states, self.ranks, *shape), jnp.bfloat16)
+            varying = self.ops[config.op].varying
+            state = jax.random.normal(keys[0], (len(varying), self.ranks, *shape), jnp.bfloat16)
+            state = [
+                x if varies else jnp.broadcast_to(x[0], x.shape)
+                for x, varies in zip(state, varying)
+            ]
             residual = jax.random.normal(keys[1], (config.links, *shape), jnp.bfloat16)
             scales = jax.random.normal(keys[2], (4, config.links, config.hidden), jnp.bfloat16)
             return tuple(state), Cold(residual, tuple(1 + scales / 8))

@@ -89,7 +89,7 @@ def window(kernels: list[xplane.Kernel], parts: int, microseconds: float) -> lis
     ]
 
 
-def plot(  # noqa: PLR0917
+def plot(
     path: Path,
     title: str,
     traces: dict[str, xplane.Trace],
