@@ -99,16 +99,18 @@ def op_markdown(record: Record) -> str:
         }
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
         base = "sum" if "sum" in names else "psum"
+        fused = [name for name in names if name == "fused"]
         wall, kernel = [], []
         for tokens, line in lines.items():
             cells = [_wall(line.get(name), base == name == "psum") for name in names]
-            wall.append([str(tokens), *cells, faster(line.get(base), line.get("fused"))])
+            ratios = [faster(line.get(base), line.get(name)) for name in fused]
+            wall.append([str(tokens), *cells, *ratios])
             cells = [_kernel(name, line.get(name), tokens, hidden, record) for name in names]
             kernel.append([str(tokens), *cells])
         titles = [LABELS.get(name, name) for name in names]
         parts.append(
             f"### {op}, D = {hidden}\n\nWall time, us a call; in brackets psum's best flag set.\n\n"
-            + common.table(["tokens", *titles, f"{base} / fused"], wall)
+            + common.table(["tokens", *titles, *(f"{base} / {name}" for name in fused)], wall)
         )
         if any(timing.kernel for line in lines.values() for timing in line.values()):
             parts.append("Kernel time, us a call.\n\n" + common.table(["tokens", *titles], kernel))

@@ -117,6 +117,34 @@ def test_profile_compare(tmp_path, monkeypatch, capsys):
     assert record.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_profile_compare_of_its_own_run(tmp_path, monkeypatch, capsys):
+    """With children that bring the fixtures for traces: one run of two layers."""
+    monkeypatch.setattr(sys, "argv", ["profile_compare.py", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(profile_compare, "RUNS", 1)
+
+    def run_child(flag_set, seconds, on_row, flags, extra):
+        on_row({"facts": {"mode": "mesh", "ranks": 2, "layers": LAYERS, "timings": 2}})
+        for name in ("psum", "fused"):
+            row = {"implementation": name, "flag_set": flag_set, "matches": True}
+            if flags == common.NO_COMMAND_BUFFERS:
+                folder = Path(extra[1]) / name
+                folder.mkdir()
+                text = (FIXTURES / f"{name}.txtpb").read_text()
+                profile = jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
+                (folder / "host.xplane.pb").write_bytes(profile)
+                row["trace"] = str(folder)
+            else:
+                row["layer_us"] = [140.0, 141.0, 142.0]
+            on_row(row)
+
+    monkeypatch.setattr(common, "run_child", run_child)
+    profile_compare.main()
+    table = capsys.readouterr().out
+    assert "| fused tail | 0.0 | 0.0 | 12.0 | 14.0 |" in table
+    assert "| wall time, with CUDA graphs | 141.0 ± 1.0 |" in table
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
 def run(script, *arguments, out):
     command = [sys.executable, ROOT / "bench" / script, *arguments, "--quick", "--out", out]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
