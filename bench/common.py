@@ -10,6 +10,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -247,12 +248,15 @@ def run_child(
         listener.start()
         watchdog = threading.Timer(seconds, process.kill)
         watchdog.start()
-        for line in process.stdout:
-            if line.startswith("{"):
-                on_row(json.loads(line))
-        process.wait()
-        watchdog.cancel()
-        listener.join()
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    on_row(json.loads(line))
+            process.wait()
+        finally:  # also where this process is told to stop
+            process.kill()
+            watchdog.cancel()
+            listener.join()
     if process.returncode == 0:
         return None
     if time.monotonic() - start >= seconds:
@@ -269,8 +273,10 @@ def run_children(
     string for the bar, of a row's keys.
 
     Returns:
-      The content of a record: facts (of the first child), rows, notes (what went wrong).
+      The content of a record: facts (of the first child), rows, notes (what went wrong). What
+      there is by then if this process is interrupted or terminated.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -285,11 +291,14 @@ def run_children(
             bar.set_postfix_str(label.format(**row))
             bar.update()
 
-        for flag_set in ("A", *(name for name in flag_sets if name != "A")):
-            if flag_set == "A" or facts.get("mode") == "mesh":
-                bar.set_description(f"flag set {flag_set}")
-                if failure := run_child(flag_set, arguments.child_seconds, on_row):
-                    notes.append(failure)
+        try:
+            for flag_set in ("A", *(name for name in flag_sets if name != "A")):
+                if flag_set == "A" or facts.get("mode") == "mesh":
+                    bar.set_description(f"flag set {flag_set}")
+                    if failure := run_child(flag_set, arguments.child_seconds, on_row):
+                        notes.append(failure)
+        except KeyboardInterrupt:
+            notes.append("stopped before the end")
     return {"facts": facts, "flag_sets": FLAG_SETS, "rows": rows, "notes": notes}
 
 

@@ -3,8 +3,10 @@
 # loopback and multi_gpu tests, compute-sanitizer on a selection, and the benchmarks. Each step has
 # a time limit, since a kernel that spins for a peer might not end by itself.
 #
-#   bench/gpu.sh [report|test|sanitize|speed|quick]...      default: all but quick
+#   bench/gpu.sh [report|test|sanitize|speed|op|ops|block|quick]...
 #
+# speed is op, ops and block, and the demo; quick is a short run of the benchmarks; the default is
+# all but quick.
 # Records and plots go to $OUT, else to bench/records. COMMIT names the commit where there is no git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -26,21 +28,18 @@ run_sanitize() {
     step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/sanitize.py
   done
 }
-run_speed() {  # loopback where there is one GPU
-  if ((gpus > 1)); then
-    step 420 python3 bench/op.py --ops post_ff --hidden 5376
-    step 240 python3 bench/op.py --ops sandwich all_reduce_norm moe_tail --hidden 5376 \
-      --tokens 1 16 128 1024 4096 --flag-sets A C
-    step 240 python3 bench/block.py --models 31B E4B --tokens 1 16 128 1024 --flag-sets A C
-  else
-    step 180 python3 bench/op.py --ops post_ff --hidden 5376
-    step 150 python3 bench/op.py --ops sandwich all_reduce_norm moe_tail --hidden 5376 \
-      --tokens 1 16 128 1024
-    step 150 python3 bench/block.py --models 31B --tokens 1 16 128 1024
-  fi
-  step 120 python3 bench/profile_compare.py
-  step 120 python3 examples/demo.py
+run_op() {  # loopback where there is one GPU, here and below
+  step 420 python3 bench/op.py --ops post_ff --hidden 5376
 }
+run_ops() {
+  step 240 python3 bench/op.py --ops sandwich all_reduce_norm moe_tail --hidden 5376 \
+    --tokens 1 16 128 1024 4096 --flag-sets A C
+}
+run_block() {
+  step 300 python3 bench/block.py --models 31B E4B --tokens 1 16 128 1024 --flag-sets A C
+  step 120 python3 bench/profile_compare.py
+}
+run_speed() { run_op; run_ops; run_block; step 120 python3 examples/demo.py; }
 run_quick() {
   step 90 python3 bench/op.py --quick
   step 90 python3 bench/block.py --quick
@@ -50,8 +49,8 @@ run_quick() {
 for part in "${@:-all}"; do
   case "$part" in
     all) run_report; run_test; run_sanitize; run_speed ;;
-    report | test | sanitize | speed | quick) "run_$part" ;;
-    *) echo "unknown part: $part; use report, test, sanitize, speed or quick" >&2; exit 2 ;;
+    report | test | sanitize | speed | op | ops | block | quick) "run_$part" ;;
+    *) echo "unknown part: $part; use one of those at the top of this script" >&2; exit 2 ;;
   esac
 done
 exit "$failed"

@@ -44,6 +44,8 @@ from jax_gemma_arf.reference import Operands
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK_TOKENS = (1, 64, 1024)
 SCALAR = np.float32(0.5)
+#: Of a row after a chain of bfloat16 steps: what 50 roundings add up to is half of that.
+BOUND = 2**-5
 
 State = tuple[jax.Array, ...]
 
@@ -219,9 +221,20 @@ class Bench:
         self.flag_set = arguments.flag_set
         self.algorithms = arguments.algorithms
         self.configs = list(self._configs(arguments))
-        if self.mode != "cpu" and self.flag_set == "A" and rivals.load() is not None:
-            ordinals = [d.local_hardware_id for d in devices] * (self.ranks // len(devices))
+        self.rivals = self._load_rivals(devices)
+
+    def _load_rivals(self, devices: list[Any]) -> str:
+        """ "built", or why there are no rivals."""
+        if self.mode == "cpu" or self.flag_set != "A" or self.ranks not in support.AXIS_SIZES:
+            return "not wanted"
+        if rivals.load() is None:
+            return "not built: make bench-rivals"
+        ordinals = [d.local_hardware_id for d in devices] * (self.ranks // len(devices))
+        try:
             rivals.create(ordinals, max(config.message_bytes for config in self.configs))
+        except RuntimeError as error:
+            return f"not started: {error}"
+        return "built"
 
     def _configs(self, arguments) -> Iterator[Config]:
         for op, hidden, tokens in itertools.product(
@@ -256,7 +269,7 @@ class Bench:
                     mock.patch.object, support, "choose_algorithm", lambda *_, name=name: name
                 )
                 yield Contender(f"fused {name}", chain(link, fused), want, force)
-        if config.op == "post_ff" and rivals.load() is not None:
+        if config.op == "post_ff" and self.rivals == "built":
             yield from self._rivals(config, want)
 
     def again(self, names: Iterable[str]) -> list[str]:
@@ -302,8 +315,8 @@ class Bench:
         if self.mode == "mesh":
             yield Contender("wire", pushes, None)
 
-    def operands(self, config: Config) -> tuple[State, Cold]:
-        """Random: the first state, and what all links read, stacked."""
+    def generator(self, config: Config):
+        """Jitted: key -> the first state, and what all links read, stacked."""
 
         def make(key):
             keys = jax.random.split(key, 3)
@@ -318,9 +331,7 @@ class Bench:
             scales = jax.random.normal(keys[2], (4, config.links, config.hidden), jnp.bfloat16)
             return tuple(state), Cold(residual, tuple(1 + scales / 8))
 
-        return jax.jit(make, out_shardings=(self._sharding(P("tp")), self._sharding(P())))(
-            jax.random.key(config.tokens, impl="rbg")  # compiles fast
-        )
+        return jax.jit(make, out_shardings=(self._sharding(P("tp")), self._sharding(P())))
 
     def _sharding(self, spec: P) -> jax.NamedSharding:
         return jax.NamedSharding(self.mesh, spec if self.mode != "loopback" else P())
@@ -338,22 +349,43 @@ class Bench:
             jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=P("tp"), check_vma=False)
         )
 
-    def lower(
-        self, config: Config, contender: Contender, platforms: tuple[str, ...] | None = None
-    ) -> jax.stages.Lowered:
-        """For operands that need not be there yet; for these devices, or for other platforms."""
+    def abstract(self, config: Config) -> tuple[State, Cold, Cold]:
+        """Shapes and shardings of the first state, of all cold operands stacked, and of one."""
 
-        def abstract(tree, spec, leading):
+        def place(tree, spec, leading=0):
             sharding = self._sharding(spec)
             return jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape[leading:], a.dtype, sharding=sharding), tree
             )
 
-        state, stacked = jax.eval_shape(functools.partial(self.operands, config))
-        colds = [abstract(stacked, P(), leading=1)] * config.links
+        state, stacked = jax.eval_shape(self.generator(config), random_key())
+        return place(state, P("tp")), place(stacked, P()), place(stacked, P(), leading=1)
+
+    def lower(
+        self, config: Config, contender: Contender, platforms: tuple[str, ...] | None = None
+    ) -> jax.stages.Lowered:
+        """For operands that need not be there yet; for these devices, or for other platforms."""
+        state, _, cold = self.abstract(config)
         with contender.lowering():
-            traced = self.program(contender.body).trace(abstract(state, P("tp"), leading=0), colds)
+            traced = self.program(contender.body).trace(state, [cold] * config.links)
             return traced.lower(lowering_platforms=platforms)
+
+    def compile(self, config: Config, pool: concurrent.futures.Executor) -> "Line":
+        """Starts to compile all that a line of the table runs."""
+        state, stacked, _ = self.abstract(config)
+        contenders = list(self.contenders(config))
+        oracles = {c.oracle: jax.jit(c.oracle) for c in contenders if c.oracle is not None}
+        return Line(
+            config,
+            contenders,
+            {c.name: start(pool, functools.partial(self.lower, config, c)) for c in contenders},
+            {
+                oracle: start(pool, functools.partial(program.lower, state, stacked))
+                for oracle, program in oracles.items()
+            },
+            start(pool, functools.partial(self.generator(config).lower, random_key())),
+            start(pool, functools.partial(jax.jit(pick).lower, stacked, 0)),
+        )
 
     def check_wire(self, state: State) -> bool:
         """Whether each rank received what the next one sent."""
@@ -364,27 +396,22 @@ class Bench:
         ]
         return bool(jnp.array_equal(sent[0], sent[1]))
 
-    def measure(self, config: Config, compiled: dict[str, concurrent.futures.Future]) -> None:
-        """Times the programs of one line and emits their rows."""
-        state, stacked = self.operands(config)
-        pick = jax.jit(lambda stacked, k: jax.tree.map(lambda a: a[k], stacked))
-        colds = [pick(stacked, k) for k in range(config.links)]
-        wanted: dict[str, State] = {}
-        computed: dict[Callable, State] = {}
-        for name, _, oracle, _ in self.contenders(config):
-            if oracle is not None:
-                if oracle not in computed:
-                    computed[oracle] = jax.jit(oracle)(state, stacked)
-                wanted[name] = computed[oracle]
-
-        for name in (*compiled, *self.again(compiled)):
+    def measure(self, line: "Line") -> None:
+        """Times the programs of a line and emits their rows."""
+        config = line.config
+        state, stacked = line.generator.result()(random_key())
+        colds = [line.pick.result()(stacked, k) for k in range(config.links)]
+        wanted = {key: program.result()(state, stacked) for key, program in line.oracles.items()}
+        contenders = {contender.name: contender for contender in line.contenders}
+        for name in (*contenders, *self.again(contenders)):
             row = {**config._asdict(), "implementation": name, "flag_set": self.flag_set}
-            first = name.removesuffix(" again")
+            contender = contenders[name.removesuffix(" again")]
             try:
-                call = functools.partial(compiled[first].result(), state, colds)
-                row["matches"] = (
-                    matches(call(), wanted[first]) if first in wanted else self.check_wire(state)
-                )
+                call = functools.partial(line.programs[contender.name].result(), state, colds)
+                if contender.oracle is None:
+                    row["matches"] = self.check_wire(state)
+                else:
+                    row["row_error"], row["matches"] = compare(call(), wanted[contender.oracle])
                 row["wall_us"] = self.clock.microseconds(call, config.links)
                 self.clock.flush()
                 row["kernel_us"] = xplane.kernel_microseconds(call, config.links)
@@ -393,19 +420,53 @@ class Bench:
             common.emit(row)
 
 
+class Line(NamedTuple):
+    """What a line of the table runs; futures of compiled programs."""
+
+    config: Config
+    contenders: list[Contender]
+    programs: dict[str, concurrent.futures.Future]
+    oracles: dict[Callable, concurrent.futures.Future]
+    generator: concurrent.futures.Future
+    pick: concurrent.futures.Future
+
+
+def start(
+    pool: concurrent.futures.Executor, lower: Callable[[], jax.stages.Lowered]
+) -> concurrent.futures.Future:
+    """Lowers, here and now, and starts to compile. What goes wrong is the future's."""
+    try:
+        return pool.submit(lower().compile)
+    except Exception as error:
+        failed = concurrent.futures.Future()
+        failed.set_exception(error)
+        return failed
+
+
+def random_key() -> jax.Array:
+    return jax.random.key(0, impl="rbg")  # which compiles fast
+
+
+def pick(stacked: Cold, k: int) -> Cold:
+    return jax.tree.map(lambda a: a[k], stacked)
+
+
 @jax.jit
-def _matches(out: State, want: State) -> jax.Array:
-    def within(out, want):
-        out, want = out.astype(jnp.float32), want.astype(jnp.float32)
-        size = jnp.mean(jnp.abs(want))
-        return jnp.all(jnp.abs(out - want) <= 2**-4 * size + 2**-5 * jnp.abs(want))
+def _compare(out: State, want: State) -> tuple[jax.Array, jax.Array]:
+    errors = []
+    for pair in zip(out, want):
+        got, expected = (array.astype(jnp.float32) for array in pair)
+        size = jnp.max(jnp.abs(expected))  # squares must not overflow
+        off = jnp.linalg.norm((got - expected) / size, axis=-1)
+        errors.append(off / jnp.linalg.norm(expected / size, axis=-1))
+    errors = jnp.stack(errors)
+    return jnp.max(errors), jnp.all(errors <= BOUND)  # false for NaN, which max may leave out
 
-    return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(within, out, want))))
 
-
-def matches(out: State, want: State) -> bool:
-    """Whether a chain of bfloat16 steps, each rounded, came out as the oracle's."""
-    return bool(_matches(out, want))
+def compare(out: State, want: State) -> tuple[float, bool]:
+    """The largest ||out - want|| / ||want|| of any row, and whether all are within BOUND."""
+    error, within = _compare(out, want)
+    return float(error), bool(within)
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -419,22 +480,13 @@ def work(arguments: argparse.Namespace) -> None:
         "device": bench.mesh.devices.flat[0].device_kind,
         "timings": sum(len(line) + len(bench.again(line)) for line in names),
         "extension": extension.why_missing() or "built",
-        "rivals": "built" if rivals.load() is not None else "not built: make bench-rivals",
+        "rivals": bench.rivals,
     }
     common.emit({"facts": facts})
-    plan = []
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for config in bench.configs:
-            compiled = {}
-            for contender in bench.contenders(config):
-                try:
-                    compiled[contender.name] = pool.submit(bench.lower(config, contender).compile)
-                except Exception as error:  # reported where it is timed
-                    compiled[contender.name] = concurrent.futures.Future()
-                    compiled[contender.name].set_exception(error)
-            plan.append((config, compiled))
-    while plan:
-        bench.measure(*plan.pop(0))
+        lines = [bench.compile(config, pool) for config in bench.configs]
+    while lines:  # all is compiled by now
+        bench.measure(lines.pop(0))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

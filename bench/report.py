@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -345,14 +346,17 @@ def block_plot(record: Record, path: Path) -> None:
 
 
 def finish(kind: str, content: Record, directory: Path) -> None:
-    """Writes a record and its plot, and prints its tables."""
+    """Writes a record and its plot, and prints its tables; an error if none or a wrong one came."""
     path = common.write_record(kind, content, directory)
     record = read(path)
     print(markdown(record))
     print(f"\n{path}")
-    if any("wall_us" in row or "layer_us" in row for row in record["rows"]):
-        plot(record, path.with_suffix(".png"))
-        print(path.with_suffix(".png"))
+    if not any("wall_us" in row or "layer_us" in row for row in record["rows"]):
+        sys.exit("nothing was timed")
+    plot(record, path.with_suffix(".png"))
+    print(path.with_suffix(".png"))
+    if any(row.get("matches") is False for row in record["rows"]):
+        sys.exit("a result is wrong")
 
 
 def markdown(record: Record) -> str:

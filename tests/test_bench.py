@@ -209,14 +209,18 @@ def test_oracle_chain_is_the_chain(cpus):
     arguments.flag_set = "A"
     bench = op.Bench(arguments)
     for config in bench.configs:
-        state, stacked = bench.operands(config)
-        colds = [jax.tree.map(lambda a, k=k: a[k], stacked) for k in range(config.links)]
+        state, stacked = bench.generator(config)(op.random_key())
+        colds = [op.pick(stacked, k) for k in range(config.links)]
         (psum,) = bench.contenders(config)
         out = bench.program(psum.body)(state, colds)
         want = psum.oracle(state, stacked)
-        assert op.matches(out, want)
-        assert not op.matches(tuple(1.2 * x for x in out), want)
-        assert not op.matches(tuple(x * math.nan for x in out), want)
+        error, within = op.compare(out, want)
+        assert within
+        assert error < op.BOUND / 2
+        first_rank, *others = out
+        for factor in (1.04, math.nan):  # in one row of one rank
+            changed = first_rank.at[0, 1].multiply(factor)
+            assert not op.compare((changed, *others), want)[1]
 
 
 def test_flashinfers_own_rule():
@@ -271,7 +275,9 @@ def test_a_child_that_fails_is_reported(monkeypatch):
     assert failure == "flag set C: exit status 1: out of memory\n"
 
 
-@pytest.mark.parametrize("flags", [*common.FLAG_SETS.values(), common.NO_COMMAND_BUFFERS])
+@pytest.mark.parametrize(
+    "flags", [common.FLAG_SETS["B"], common.FLAG_SETS["D"], common.NO_COMMAND_BUFFERS]
+)
 def test_xla_knows_the_flags(flags):
     """It ends the process if it does not."""
     subprocess.run(

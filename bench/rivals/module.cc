@@ -127,6 +127,8 @@ struct Collectives : ffi::internal::CollectivesExtensionBase<
 };
 
 Error Prepare(ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy> collectives) {
+  if (group == nullptr)
+    return Error::InvalidArgument("no memory for the rivals: call create first");
   std::vector<int64_t> ids;
   for (int64_t r = 0; r < group->size(); ++r) ids.push_back(r);
   return collectives.RequestCommunicator(ffi::GroupMode::kFlattenedId, {ids}, 0);
