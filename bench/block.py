@@ -186,8 +186,9 @@ class Bench:
         """Jitted: (h, layers) -> h, tensor parallel."""
         scalar = (0.5,) if sizes.scalar else ()
         if self.mode == "loopback":
-            alone = blocks is matmuls_alone
-            project = functools.partial(project_ranks, ranks=self.ranks, keep=not alone)
+            project = functools.partial(project_ranks, ranks=self.ranks)
+            if tail is None:
+                project = jnp.matmul
             return jax.jit(lambda h, layers: blocks(h, layers, scalar, tail, project))
         specs = [{name: SPECS.get(name, P()) for name in sizes.shapes()}] * self.layers
         return jax.jit(
@@ -207,8 +208,8 @@ class Bench:
             h, layers
         )
 
-    def cases(self, models, tokens, names=None) -> Iterator[tuple[dict, Callable | Exception]]:
-        """Rows yet without times, each with the call to time or why there is none."""
+    def cases(self, models, tokens, names=None) -> Iterator[tuple[dict[str, Any], Callable]]:
+        """Rows yet without times, each with the call to time unless the row has an error."""
         for model in models:
             sizes = self.sizes(model)
             layers = self.parameters(sizes)
@@ -224,22 +225,21 @@ class Bench:
                         "implementation": name,
                         "flag_set": self.flag_set,
                     }
+                    program = self.program(sizes, blocks, tail)
                     try:
-                        program = self.program(sizes, blocks, tail)
                         out = program(h, layers)
                         if tail is not None:
                             row["relative_error"] = relative_error(out, want)
                             row["matches"] = row["relative_error"] <= BOUND
-                        yield row, functools.partial(program, h, layers)
                     except Exception as error:  # an implementation that fails is a result, too
-                        yield row, error
+                        row["error"] = f"{type(error).__name__}: {error}"[:500]
+                    yield row, functools.partial(program, h, layers)
 
 
-def project_ranks(x: jax.Array, w: jax.Array, *, ranks: int, keep: bool) -> jax.Array:
-    """x @ w as the partial sums of all ranks, [N, tokens, D]; of the first alone without keep."""
+def project_ranks(x: jax.Array, w: jax.Array, *, ranks: int) -> jax.Array:
+    """x @ w as the partial sums of all ranks, [N, tokens, D]."""
     x = x.reshape(len(x), ranks, -1)
-    out = jnp.einsum("tnf,nfd->ntd", x, w.reshape(ranks, -1, w.shape[1]))
-    return out if keep else out[0]
+    return jnp.einsum("tnf,nfd->ntd", x, w.reshape(ranks, -1, w.shape[1]))
 
 
 def loopback_post_ff(x, *others):
@@ -291,9 +291,7 @@ def work(arguments: argparse.Namespace) -> None:
     }
     common.emit({"facts": facts})
     for row, call in bench.cases(arguments.models, arguments.tokens):
-        if isinstance(call, Exception):
-            row["error"] = f"{type(call).__name__}: {call}"[:500]
-        else:
+        if "error" not in row:
             row["layer_us"] = bench.clock.microseconds(call, bench.layers)
         common.emit(row)
 

@@ -177,11 +177,9 @@ def work(arguments: argparse.Namespace) -> None:
     names = list(bench.implementations())
     chosen = [names[0], next(name for name in reversed(names) if name.startswith("fused"))]
     for row, call in bench.cases([arguments.model], [arguments.tokens], chosen):
-        if isinstance(call, Exception):
-            row["error"] = f"{type(call).__name__}: {call}"[:500]
-        elif arguments.trace_into is None:
+        if "error" not in row and arguments.trace_into is None:
             row["layer_us"] = bench.clock.microseconds(call, bench.layers)
-        else:
+        elif "error" not in row:
             for _ in range(4):
                 jax.block_until_ready(call())
             folder = arguments.trace_into / str(row["implementation"]).replace(" ", "-")
