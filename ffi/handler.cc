@@ -11,7 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <numeric>
+#include <set>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "errors.h"
+#include "file_exchange.h"
 #include "kernels.h"
 #include "nccl_exchange.h"
 #include "watchdog.h"
@@ -65,7 +66,7 @@ struct Parts {
 // Lives until the process ends: CUDA graphs and peers hold the addresses.
 class Registry {
  public:
-  // A communicator belongs to one rank of one replica group; loopback has none.
+  // A communicator belongs to one rank of one replica group; loopback has none, or a directory.
   using Key = std::tuple<void* /*communicator*/, int32_t /*device*/, WorkspaceSpec::Key>;
 
   static Registry& Get() {
@@ -120,7 +121,11 @@ struct Call {
   bool has_residual;
   bool has_layer_scalar;
   int next_norms;
-  int absent_rank = -1;  // loopback: the rank that stays away
+  // Loopback alone: the ranks that this process holds, the directory where it meets those of
+  // others ("": there are none), and the rank that stays away, for tests.
+  std::vector<int> local_ranks;
+  std::string rendezvous;
+  int absent_rank = -1;
 
   std::mutex mutex;
   uint32_t name = 0;               // for failures; set with the first of `ready`
@@ -185,10 +190,20 @@ ErrorOr<std::unique_ptr<Call>> Instantiate(std::string_view algorithm, int64_t a
 ErrorOr<std::unique_ptr<Call>> InstantiateLoopback(
     std::string_view algorithm, int64_t axis_size, ffi::Span<const int64_t> replica_groups,
     float eps, float scale_offset, int64_t max_ctas, int64_t branches, bool has_residual,
-    bool has_layer_scalar, int64_t next_norms, int64_t absent_rank) {
+    bool has_layer_scalar, int64_t next_norms, ffi::Span<const int64_t> local_ranks,
+    std::string_view rendezvous, int64_t absent_rank) {
   auto call = Instantiate(algorithm, axis_size, replica_groups, eps, scale_offset, max_ctas,
                           branches, has_residual, has_layer_scalar, next_norms);
-  if (call.has_value()) (*call)->absent_rank = static_cast<int>(absent_rank);
+  if (call.has_error()) return call;
+  (*call)->local_ranks.assign(local_ranks.begin(), local_ranks.end());
+  (*call)->rendezvous = std::string(rendezvous);
+  (*call)->absent_rank = static_cast<int>(absent_rank);
+  if (local_ranks.size() == 0 ||
+      (rendezvous.empty() && static_cast<int64_t>(local_ranks.size()) != axis_size)) {
+    return Invalid("without a rendezvous directory this process must hold all " +
+                   std::to_string(axis_size) + " ranks, got " +
+                   std::to_string(local_ranks.size()));
+  }
   return call;
 }
 
@@ -393,10 +408,16 @@ Error InitializeLoopback(int32_t device, Call* call, ffi::RemainingArgs args) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   if (call->FindReady(device) != nullptr) return Error::Success();
-  std::vector<int> ranks(call->nranks);
-  std::iota(ranks.begin(), ranks.end(), 0);
-  LoopbackExchange exchange;
-  return MakeReady(*call, device, nullptr, args, ranks, exchange);
+  if (call->rendezvous.empty()) {
+    LoopbackExchange exchange;
+    return MakeReady(*call, device, nullptr, args, call->local_ranks, exchange);
+  }
+  // The directory stands for the communicator: its name's address tells groups apart.
+  static std::set<std::string> directories;
+  const std::string& directory = *directories.insert(call->rendezvous).first;
+  FileExchange exchange(directory, call->local_ranks, call->nranks);
+  return MakeReady(*call, device, const_cast<std::string*>(&directory), args, call->local_ranks,
+                   exchange);
 }
 
 std::atomic<int64_t> enqueued{0};
@@ -495,7 +516,10 @@ XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
 
 XLA_FFI_DEFINE_HANDLER(
     kInstantiateLoopback, InstantiateLoopback,
-    WithAttributes(ffi::Ffi::BindInstantiate()).Attr<int64_t>("absent_rank"));
+    WithAttributes(ffi::Ffi::BindInstantiate())
+        .Attr<ffi::Span<const int64_t>>("local_ranks")
+        .Attr<std::string_view>("rendezvous")
+        .Attr<int64_t>("absent_rank"));
 
 XLA_FFI_DEFINE_HANDLER(
     kPrepareMesh, PrepareMesh,
