@@ -169,9 +169,11 @@ ErrorOr<std::unique_ptr<Call>> Instantiate(std::string_view algorithm, int64_t a
     return Invalid("max_ctas must be 0 or from " + std::to_string(kLeastCtas) + " to " +
                    std::to_string(kMaxCtas) + ", got " + std::to_string(max_ctas));
   }
-  if (branches < 1 || branches > kMaxBranches || next_norms < 0 || next_norms > kMaxNextNorms) {
-    return Invalid("branches must be 1 or 2 and next_norms from 0 to 3, got " +
-                   std::to_string(branches) + " and " + std::to_string(next_norms));
+  if (branches < 1 || branches > kMaxBranches) {
+    return Invalid("branches must be 1 or 2, got " + std::to_string(branches));
+  }
+  if (next_norms < 0 || next_norms > kMaxNextNorms) {
+    return Invalid("next_norms must be from 0 to 3, got " + std::to_string(next_norms));
   }
   call->nranks = static_cast<int>(axis_size);
   for (auto id = replica_groups.begin(); id != replica_groups.end(); id += axis_size) {
@@ -198,6 +200,16 @@ ErrorOr<std::unique_ptr<Call>> InstantiateLoopback(
   (*call)->local_ranks.assign(local_ranks.begin(), local_ranks.end());
   (*call)->rendezvous = std::string(rendezvous);
   (*call)->absent_rank = static_cast<int>(absent_rank);
+  for (const int64_t rank : local_ranks) {
+    if (rank < 0 || rank >= axis_size) {
+      return Invalid("local_ranks must be from 0 to " + std::to_string(axis_size - 1) + ", got " +
+                     std::to_string(rank));
+    }
+  }
+  if (absent_rank < -1 || absent_rank >= axis_size) {
+    return Invalid("absent_rank must be -1 or from 0 to " + std::to_string(axis_size - 1) +
+                   ", got " + std::to_string(absent_rank));
+  }
   if (local_ranks.size() == 0 ||
       (rendezvous.empty() && static_cast<int64_t>(local_ranks.size()) != axis_size)) {
     return Invalid("without a rendezvous directory this process must hold all " +

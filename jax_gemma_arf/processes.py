@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax_gemma_arf import extension
 from jax_gemma_arf._version import __version__
 
-#: Set to 1 to run everything as psum; with several processes, in any of them before initialize().
+#: Set to 1 to run everything as psum; with several processes, in any of them, before initialize().
 DISABLE_VARIABLE = "JAX_GEMMA_ARF_DISABLE"
 
 
@@ -34,7 +34,7 @@ class ProcessFacts:
     disabled: int
 
 
-_agreed: tuple[ProcessFacts, ...] | None = None
+_gathered: tuple[ProcessFacts, ...] | None = None
 
 
 def initialize() -> None:
@@ -44,17 +44,22 @@ def initialize() -> None:
     operation is first lowered. It gathers what each process can do, so that all decide alike; until
     then every call of such a job is psum and the tail. In a job of one process it does nothing.
     """
-    global _agreed  # noqa: PLW0603
+    global _gathered  # noqa: PLW0603
     if jax.process_count() == 1:
         return
     mine = np.array(dataclasses.astuple(own_facts()), np.uint32)
     rows = np.asarray(multihost_utils.process_allgather(mine))
-    _agreed = tuple(ProcessFacts(*map(int, row)) for row in rows)
+    _gathered = tuple(ProcessFacts(*map(int, row)) for row in rows)
 
 
-def agreed() -> tuple[ProcessFacts, ...] | None:
-    """The facts of every process, by process index, or None before :func:`initialize`."""
-    return (own_facts(),) if jax.process_count() == 1 else _agreed
+def known(processes: int) -> tuple[ProcessFacts, ...] | None:
+    """The facts of so many processes, by process index; None for several before initialize."""
+    return (own_facts(),) if processes == 1 else _gathered
+
+
+def disabled() -> bool:
+    """Whether a process that this one knows of switches the kernel off."""
+    return any(process.disabled for process in _gathered or (own_facts(),))
 
 
 def own_facts() -> ProcessFacts:
@@ -67,13 +72,8 @@ def own_facts() -> ProcessFacts:
         built=built is not None,
         nvlinked=bool(peers) and all(all(row) for row in peers),
         visible_gpus=len(peers),
-        disabled=disabled(),
+        disabled=os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"),
     )
-
-
-def disabled() -> bool:
-    """Whether the environment of this process switches the kernel off."""
-    return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 
 def _boot_id() -> str:
