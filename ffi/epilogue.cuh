@@ -192,7 +192,7 @@ class Epilogue {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) rows[0][i] += rows[1][i];
       float sum_inverse_rms[1];
-      InverseRms(reinterpret_cast<float(&)[1][kCount]>(rows[0]), sum_inverse_rms);
+      InverseRms(reinterpret_cast<float (&)[1][kCount]>(rows[0]), sum_inverse_rms);
       inverse_rms[0] = sum_inverse_rms[0];
     }
     Scale(rows[0], inverse_rms[0], 0);
@@ -212,7 +212,7 @@ class Epilogue {
   __device__ __forceinline__ void NextNorms(float (&hidden)[kCount], int64_t index) {
     if (tail_.next_norms == 0) return;
     float inverse_rms[1];
-    InverseRms(reinterpret_cast<float(&)[1][kCount]>(hidden), inverse_rms);
+    InverseRms(reinterpret_cast<float (&)[1][kCount]>(hidden), inverse_rms);
     for (int n = 0; n < tail_.next_norms; ++n) {
       float normed[kCount];
 #pragma unroll
@@ -257,9 +257,9 @@ class Epilogue {
     LoadAsFloat(scale, operand, column);
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      KeptScale(n, i) = make_float4(scale[i] + tail_.scale_offset, scale[i + 1] + tail_.scale_offset,
-                                    scale[i + 2] + tail_.scale_offset,
-                                    scale[i + 3] + tail_.scale_offset);
+      KeptScale(n, i) =
+          make_float4(scale[i] + tail_.scale_offset, scale[i + 1] + tail_.scale_offset,
+                      scale[i + 2] + tail_.scale_offset, scale[i + 3] + tail_.scale_offset);
     }
   }
 

@@ -39,8 +39,8 @@ xla::ffi::Error FileExchange::AllGather(const std::vector<PeerRecord>& mine,
     while (!std::ifstream(prefix + std::to_string(r), std::ios::binary)
                 .read(reinterpret_cast<char*>(&(*all)[r]), sizeof(PeerRecord))) {
       if (std::chrono::steady_clock::now() > deadline) {
-        return Internal("rank " + std::to_string(r) + " did not come to " + directory_ + " within " +
-                        std::to_string(kDeadline.count()) + " s");
+        return Internal("rank " + std::to_string(r) + " did not come to " + directory_ +
+                        " within " + std::to_string(kDeadline.count()) + " s");
       }
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }

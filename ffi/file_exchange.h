@@ -12,8 +12,8 @@ namespace jax_gemma_arf {
 
 class FileExchange : public PeerExchange {
  public:
-  // `directory` exists, was empty when the first process came, and serves one replica group; `ranks`
-  // are this process's.
+  // `directory` exists, was empty when the first process came, and serves one replica group;
+  // `ranks` are this process's.
   FileExchange(std::string directory, std::vector<int> ranks, int nranks)
       : directory_(std::move(directory)), ranks_(std::move(ranks)), nranks_(nranks) {}
 

@@ -213,8 +213,7 @@ ErrorOr<std::unique_ptr<Call>> InstantiateLoopback(
   if (local_ranks.size() == 0 ||
       (rendezvous.empty() && static_cast<int64_t>(local_ranks.size()) != axis_size)) {
     return Invalid("without a rendezvous directory this process must hold all " +
-                   std::to_string(axis_size) + " ranks, got " +
-                   std::to_string(local_ranks.size()));
+                   std::to_string(axis_size) + " ranks, got " + std::to_string(local_ranks.size()));
   }
   return call;
 }
@@ -329,8 +328,8 @@ ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args,
 std::string Summary(const Call& call, const Arguments& arguments) {
   std::ostringstream text;
   const char* const dtypes[] = {"float32", "bfloat16", "float16"};
-  text << (call.algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot") << ", "
-       << call.branches << " x [" << arguments.tokens << ", " << arguments.hidden << "] "
+  text << (call.algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot") << ", " << call.branches
+       << " x [" << arguments.tokens << ", " << arguments.hidden << "] "
        << dtypes[static_cast<int>(arguments.kind.dtype)] << " over groups";
   for (const std::vector<int64_t>& group : call.groups) {
     for (size_t i = 0; i < group.size(); ++i) text << (i == 0 ? " [" : ", ") << group[i];
@@ -344,14 +343,13 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const ffi::Remai
                 const std::vector<int>& ranks, PeerExchange& exchange) {
   ErrorOr<Arguments> arguments = ArgumentsOf(call, args, ranks.size());
   if (arguments.has_error()) return arguments.error();
-  const WorkspaceSpec spec(arguments->kind, CapacityFor(arguments->kind, arguments->tokens,
-                                                        arguments->hidden,
-                                                        arguments->tail.out_dtype));
+  const WorkspaceSpec spec(arguments->kind,
+                           CapacityFor(arguments->kind, arguments->tokens, arguments->hidden,
+                                       arguments->tail.out_dtype));
   const Registry::Key key(communicator, device, spec.key());
   const Parts* parts = Registry::Get().Find(key);
-  ErrorOr<Agreement> agreement =
-      Agree(spec, {arguments->kind, arguments->hidden, call.next_norms}, ranks,
-            parts == nullptr ? nullptr : &parts->ranks, exchange);
+  ErrorOr<Agreement> agreement = Agree(spec, {arguments->kind, arguments->hidden, call.next_norms},
+                                       ranks, parts == nullptr ? nullptr : &parts->ranks, exchange);
   if (agreement.has_error()) return agreement.error();
   if (parts == nullptr) {
     auto created = std::make_unique<Parts>();
@@ -445,8 +443,8 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArg
   ErrorOr<Arguments> arguments = ArgumentsOf(*call, args, ranks);
   if (arguments.has_error()) return arguments.error();
   const int64_t capacity = parts.ranks[0]->spec().capacity;
-  const int64_t needed = CapacityFor(arguments->kind, arguments->tokens, arguments->hidden,
-                                     arguments->tail.out_dtype);
+  const int64_t needed =
+      CapacityFor(arguments->kind, arguments->tokens, arguments->hidden, arguments->tail.out_dtype);
   if (needed > capacity) {
     return Internal("a message of " + std::to_string(needed) +
                     " bytes does not fit its workspace of " + std::to_string(capacity));
@@ -523,15 +521,13 @@ auto WithAttributes(Binding binding) {
       .template Attr<int64_t>("next_norms");
 }
 
-XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
-                       WithAttributes(ffi::Ffi::BindInstantiate()));
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate, WithAttributes(ffi::Ffi::BindInstantiate()));
 
-XLA_FFI_DEFINE_HANDLER(
-    kInstantiateLoopback, InstantiateLoopback,
-    WithAttributes(ffi::Ffi::BindInstantiate())
-        .Attr<ffi::Span<const int64_t>>("local_ranks")
-        .Attr<std::string_view>("rendezvous")
-        .Attr<int64_t>("absent_rank"));
+XLA_FFI_DEFINE_HANDLER(kInstantiateLoopback, InstantiateLoopback,
+                       WithAttributes(ffi::Ffi::BindInstantiate())
+                           .Attr<ffi::Span<const int64_t>>("local_ranks")
+                           .Attr<std::string_view>("rendezvous")
+                           .Attr<int64_t>("absent_rank"));
 
 XLA_FFI_DEFINE_HANDLER(
     kPrepareMesh, PrepareMesh,

@@ -96,7 +96,7 @@ __device__ __forceinline__ Packed<T, kVectorBytes / sizeof(T)> Reduce(const Laun
 }
 
 template <typename T, int kRanks, int kBranches>
-__global__ void OneShot(const __grid_constant__ Launch launch) {
+__global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ float4 scales[];
   const Lane<T> lane(launch);
@@ -127,8 +127,8 @@ __global__ void OneShot(const __grid_constant__ Launch launch) {
     Packed<T, kCount> rows[kBranches];
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
-      rows[b] = Reduce<T, kRanks, kBranches == 1 ? kRanks : 2>(launch, slot(launch.rank, 0, b, token), map.source,
-                                          LoadX(launch.x[b], token, lane));
+      rows[b] = Reduce<T, kRanks, kBranches == 1 ? kRanks : 2>(
+          launch, slot(launch.rank, 0, b, token), map.source, LoadX(launch.x[b], token, lane));
     }
     if constexpr (kBranches > 1) epilogue.Prefetch(index);  // earlier it would spill
     float hidden[kCount];
@@ -142,7 +142,7 @@ __global__ void OneShot(const __grid_constant__ Launch launch) {
 // its own row of the group before and collects the other rows of the one before that, so that
 // something is always on the wire.
 template <typename T, int kRanks, int kBranches>
-__global__ void TwoShot(const __grid_constant__ Launch launch) {
+__global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ float4 scales[];
   const Lane<T> lane(launch);
@@ -180,9 +180,8 @@ __global__ void TwoShot(const __grid_constant__ Launch launch) {
     Packed<T, kCount> rows[kBranches];
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
-      rows[b] = Reduce<T, kRanks, std::min(kRanks, 4)>(
-          launch, share_slot(launch.rank, 0, b, group), map.source,
-          LoadX(launch.x[b], token, lane));
+      rows[b] = Reduce<T, kRanks, std::min(kRanks, 4)>(launch, share_slot(launch.rank, 0, b, group),
+                                                       map.source, LoadX(launch.x[b], token, lane));
     }
     float hidden[kCount];
     epilogue.Hidden(rows, hidden);
@@ -254,8 +253,8 @@ cudaLaunchAttribute ClusterAttribute(const RowShape& shape) {
 template <typename T, int kRanks, int kBranches>
 const void* KernelAs(Algorithm algorithm) {
   return algorithm == Algorithm::kOneShot
-             ? reinterpret_cast<const void*>(OneShot<T, kRanks, kBranches>)
-             : reinterpret_cast<const void*>(TwoShot<T, kRanks, kBranches>);
+             ? reinterpret_cast<const void*>(FusedTailOneShot<T, kRanks, kBranches>)
+             : reinterpret_cast<const void*>(FusedTailTwoShot<T, kRanks, kBranches>);
 }
 
 const void* KernelOf(const KernelKind& kind) {

@@ -66,13 +66,14 @@ class Watchdog {
         if (words_[i] == 0 || told[i]) continue;
         told[i] = true;
         const Failure failure = DecodeFailure(words_[i]);
-        std::fprintf(stderr,
-                     "jax_gemma_arf: rank %d waited longer than the peer timeout for rank %d of its "
-                     "replica group, in call %u (%s) on %s. That rank ended, hangs, or runs another "
-                     "program. This GPU is stopped with a launch failure; restart the process. "
-                     "jax_gemma_arf.set_peer_timeout sets the bound.\n",
-                     failure.rank, failure.source, failure.call, calls_[failure.call].c_str(),
-                     owners_[i].c_str());
+        std::fprintf(
+            stderr,
+            "jax_gemma_arf: rank %d waited longer than the peer timeout for rank %d of its "
+            "replica group, in call %u (%s) on %s. That rank ended, hangs, or runs another "
+            "program. This GPU is stopped with a launch failure; restart the process. "
+            "jax_gemma_arf.set_peer_timeout sets the bound.\n",
+            failure.rank, failure.source, failure.call, calls_[failure.call].c_str(),
+            owners_[i].c_str());
         std::fflush(stderr);
       }
     }

@@ -71,9 +71,9 @@ std::string FillFacts(const CallShape& call, PeerRecord* record) {
   }
   if (failure.empty()) failure = Describe(Preload(), "loading the kernels");
   if (failure.empty()) {
-    failure = Describe(ResidentCtas(call.kind, call.hidden, call.next_norms,
-                                    &record->resident_ctas),
-                       "asking for the kernel's occupancy");
+    failure =
+        Describe(ResidentCtas(call.kind, call.hidden, call.next_norms, &record->resident_ctas),
+                 "asking for the kernel's occupancy");
   }
   return failure;
 }
@@ -120,8 +120,8 @@ std::string RankWorkspace::Allocate(cudaStream_t stream) {
     }
   }
   if (error == cudaSuccess) {
-    error = cudaMemsetAsync(base_ + layout.slots, kEmptyByte, layout.back_guard - layout.slots,
-                            stream);
+    error =
+        cudaMemsetAsync(base_ + layout.slots, kEmptyByte, layout.back_guard - layout.slots, stream);
   }
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   return Describe(error, "initialising the workspace");

@@ -119,9 +119,9 @@ struct Agreement {
 };
 
 // Agrees with the peers on the workspace for a call, before any rank launches. `existing` is what
-// this device has already, or nullptr: then the parts of `ranks` are allocated, filled and connected
-// here, with the kernels loaded. Whatever fails on one rank is the same error on all. Synchronises;
-// must not run while capturing.
+// this device has already, or nullptr: then the parts of `ranks` are allocated, filled and
+// connected here, with the kernels loaded. Whatever fails on one rank is the same error on all.
+// Synchronises; must not run while capturing.
 xla::ffi::ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const CallShape& call,
                                    const std::vector<int>& ranks, const Workspace* existing,
                                    PeerExchange& exchange);

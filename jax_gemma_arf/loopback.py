@@ -56,7 +56,11 @@ def loopback_tail(
     shape = shapes[0]
     ranks = axis_size or (shape[0] if shape else 0)
     held = range(ranks) if local_ranks is None else local_ranks
-    if len(shape) < 2 or ranks not in AXIS_SIZES or shapes != [(len(held), *shape[1:])] * len(shapes):
+    if (
+        len(shape) < 2
+        or ranks not in AXIS_SIZES
+        or shapes != [(len(held), *shape[1:])] * len(shapes)
+    ):
         raise ValueError(
             f"the partial sums must be [{'N' if axis_size is None else len(held)}, ..., D] each, "
             "with N = 2, 4 or 8 ranks, got the shapes " + ", ".join(map(str, shapes))

@@ -34,7 +34,7 @@ class ProcessFacts:
     disabled: int
 
 
-_gathered: tuple[ProcessFacts, ...] | None = None
+_gathered: list[ProcessFacts] | None = None
 
 
 def initialize() -> None:
@@ -49,17 +49,17 @@ def initialize() -> None:
         return
     mine = np.array(dataclasses.astuple(own_facts()), np.uint32)
     rows = np.asarray(multihost_utils.process_allgather(mine))
-    _gathered = tuple(ProcessFacts(*map(int, row)) for row in rows)
+    _gathered = [ProcessFacts(*map(int, row)) for row in rows]
 
 
-def known(processes: int) -> tuple[ProcessFacts, ...] | None:
+def known(processes: int) -> list[ProcessFacts] | None:
     """The facts of so many processes, by process index; None for several before initialize."""
-    return (own_facts(),) if processes == 1 else _gathered
+    return [own_facts()] if processes == 1 else _gathered
 
 
 def disabled() -> bool:
     """Whether a process that this one knows of switches the kernel off."""
-    return any(process.disabled for process in _gathered or (own_facts(),))
+    return any(process.disabled for process in _gathered or [own_facts()])
 
 
 def own_facts() -> ProcessFacts:

@@ -1,8 +1,9 @@
 """The decision: the kernel or psum, and which algorithm.
 
 Made from static shapes, the mesh, and facts that every process sees alike or has told the others
-(processes.py), so that all ranks decide alike; never from a failure on one of them. JAX may reuse a lowering for another set of devices of
-the same client, so device facts are those of all the client's devices, not only of the mesh's.
+(processes.py), so that all ranks decide alike; never from a failure on one of them. JAX may reuse a
+lowering for another set of devices of the same client, so device facts are those of all the
+client's devices, not only of the mesh's.
 """
 
 import dataclasses

@@ -119,8 +119,10 @@ def test_cpu_platform(mesh):
 
 
 def test_not_built(monkeypatch):
+    monkeypatch.setattr(extension, "load", lambda: None)
     monkeypatch.setattr(extension, "why_missing", lambda: "the extension was not built (no nvcc)")
     assert decide().reason == "the extension was not built (no nvcc)"
+    assert decide(client=None).reason == "the extension was not built (no nvcc)"
 
 
 def test_no_nvlink(nvlinked):
@@ -141,7 +143,7 @@ FACTS = processes.ProcessFacts(1, 7, built=1, nvlinked=1, visible_gpus=4, disabl
 
 def gathered(monkeypatch, *facts):
     """As after initialize in a job of as many processes."""
-    monkeypatch.setattr(processes, "_gathered", facts)
+    monkeypatch.setattr(processes, "_gathered", list(facts))
 
 
 @pytest.mark.parametrize(
