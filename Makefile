@@ -16,7 +16,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.built: pyproject.toml CMakeLists.txt bench/rivals/flashinfer.cmake $(wildcard ffi/*) | $(BIN)/python
+$(VENV)/.built: pyproject.toml CMakeLists.txt $(wildcard ffi/*) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@$(BIN)/python -m jax_gemma_arf --extension
 	@touch $@
