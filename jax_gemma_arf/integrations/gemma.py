@@ -274,7 +274,8 @@ def _layers(model) -> list[_Layer]:
     def local(module, *names):
         fields = _fields(module)
         cls = type(module) if getattr(module, "use_qkv_einsum", True) else _SeparateKv
-        return cls(**fields | {name: max(1, fields[name] // size) for name in names})
+        fields |= {name: max(1, fields[name] // size) for name in names}
+        return cls(**fields, parent=None)
 
     layers = []
     for i, block in enumerate(model.blocks):
