@@ -1,7 +1,6 @@
 """The compiled part (ffi/module.cc)."""
 
 __version__: str
-flashinfer_version: str
 max_message_bytes: int
 max_lamport_bytes: int
 

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from jax_gemma_arf import lowering
-from jax_gemma_arf.reference import reference_post_ff
-from jax_gemma_arf.support import DTYPES, AxisName, axis_names, group_size
+from jax_gemma_arf.reference import Operands
+from jax_gemma_arf.support import DTYPES, MAX_NEXT_NORMS, AxisName, axis_names, group_size
 
 Implementation = Literal["cuda", "xla"]
 
@@ -33,10 +33,9 @@ def fused_post_ff(
 
         (rmsnorm(psum(x, axis_name)) * (scale_offset + norm_scale) + residual) * layer_scalar
 
-    Norm, then add: Gemma's order, not Llama's. On NVLinked CUDA devices this is one launch of
-    FlashInfer's all-reduce with a Gemma epilogue; anywhere else it is psum and the same arithmetic,
-    and the reason is logged once by the logger ``jax_gemma_arf``: at WARNING where a CUDA device
-    lacks something for the kernel, else at INFO.
+    Norm, then add: Gemma's order, not Llama's. On NVLinked CUDA devices this is one kernel launch;
+    anywhere else it is psum and the same arithmetic, and the reason is logged once by the logger
+    ``jax_gemma_arf``: at WARNING where a CUDA device lacks something for the kernel, else at INFO.
 
     Numerics. The kernel sums the ranks in float32 in rank order 0..N-1 and rounds once to x.dtype;
     psum adds in x.dtype. Everything after the sum is float32, with one rounding, to residual.dtype,
@@ -73,28 +72,130 @@ def fused_post_ff(
       NotImplementedError: when the call is lowered, if implementation is "cuda" and the kernel
         cannot run.
     """
-    x, residual, norm_scale = jnp.asarray(x), jnp.asarray(residual), jnp.asarray(norm_scale)
-    operands = (x, residual, norm_scale)
-    if layer_scalar is not None:
-        operands += (_as_array(layer_scalar),)
-    eps, scale_offset = _check_number("eps", eps), _check_number("scale_offset", scale_offset)
-    if eps <= 0:
-        raise ValueError(f"eps must be positive in float32, got {eps}")
-    if implementation not in ("cuda", "xla", None):
-        raise ValueError(f'implementation must be "cuda", "xla" or None, got {implementation!r}')
-    _check_operands(*operands)
-    names = _check_axis(axis_name)
-    _check_replication(operands, names)
+    operands = _operands((x,), (norm_scale,), jnp.asarray(residual), layer_scalar)
+    (hidden,) = _fused(operands, axis_name, eps, scale_offset, implementation)
+    return hidden
 
-    if implementation == "xla" or 0 in x.shape:  # no tokens: nothing that a kernel could do
-        return reference_post_ff(*operands, axis_name=names, eps=eps, scale_offset=scale_offset)
-    params = {
-        "axis_name": names,
-        "eps": eps,
-        "scale_offset": scale_offset,
-        "implementation": implementation,
-    }
-    return lowering.post_ff(tuple(sorted(params.items())), operands)
+
+def fused_sandwich[NormScales: (jax.Array, tuple[jax.Array, ...])](
+    x: jax.Array,
+    residual: jax.Array,
+    norm_scale: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
+    next_norm_scale: NormScales,
+    axis_name: AxisName,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, NormScales]:
+    """:func:`fused_post_ff` and the norms that read its result, in one kernel launch.
+
+    Computes, inside ``jax.shard_map``::
+
+        hidden = fused_post_ff(x, residual, norm_scale, layer_scalar)
+        normed = rmsnorm(hidden) * (scale_offset + next_norm_scale)
+
+    The next norm reads hidden as rounded to its dtype, as a model does that hands it over; it is
+    float32 inside, and rounded once. Otherwise all is as in fused_post_ff: numerics,
+    transformations and errors.
+
+    Args:
+      x, residual, norm_scale, layer_scalar: as in fused_post_ff.
+      next_norm_scale: [D], replicated: of the pre-norm of the block's next half, or of the next
+        block's first. Or a tuple of 1 to 3 of them, where several norms read the row, as those of a
+        mixture-of-experts block's router, experts and dense branch.
+      axis_name, eps, scale_offset, implementation: as in fused_post_ff, for all of the norms.
+
+    Returns:
+      (hidden, normed), both [..., D], residual.dtype, replicated over axis_name; normed is a tuple
+      if next_norm_scale is one.
+    """
+    if next_norm_scale is None:
+        raise TypeError("next_norm_scale must be given; without a next norm use fused_post_ff")
+    operands = _operands((x,), (norm_scale,), jnp.asarray(residual), layer_scalar, next_norm_scale)
+    hidden, *normed = _fused(operands, axis_name, eps, scale_offset, implementation)
+    return hidden, _like(next_norm_scale, normed)
+
+
+def fused_all_reduce_norm(
+    x: jax.Array,
+    norm_scale: jax.Array,
+    *,
+    axis_name: AxisName,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """All-reduce and RMSNorm in one kernel launch, with nothing added.
+
+    Computes ``rmsnorm(psum(x, axis_name)) * (scale_offset + norm_scale)``, inside
+    ``jax.shard_map``; otherwise as :func:`fused_post_ff`.
+
+    Args:
+      x, norm_scale: as in fused_post_ff.
+      axis_name, eps, scale_offset, implementation: as in fused_post_ff.
+
+    Returns:
+      [..., D], x.dtype, replicated over axis_name.
+    """
+    operands = _operands((x,), (norm_scale,))
+    (normed,) = _fused(operands, axis_name, eps, scale_offset, implementation)
+    return normed
+
+
+def fused_moe_tail(
+    dense: jax.Array,
+    experts: jax.Array,
+    residual: jax.Array,
+    dense_norm_scale: jax.Array,
+    expert_norm_scale: jax.Array,
+    norm_scale: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
+    next_norm_scale: jax.Array | tuple[jax.Array, ...] | None = None,
+    axis_name: AxisName,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> Any:
+    """Both all-reduces and the tail of a mixture-of-experts block, in one kernel launch.
+
+    Computes, inside ``jax.shard_map``, with ``norm(row, w) = rmsnorm(row) * (scale_offset + w)``::
+
+        branches = norm(psum(dense), dense_norm_scale) + norm(psum(experts), expert_norm_scale)
+        hidden = (norm(branches, norm_scale) + residual) * layer_scalar
+        normed = norm(hidden, next_norm_scale)                            # if it is given
+
+    Both sums are rounded to their dtype, as the all-reduces would; from there to hidden everything
+    is float32, with one rounding. The next norm reads the rounded hidden, as in
+    :func:`fused_sandwich`. Otherwise all is as in :func:`fused_post_ff`.
+
+    Args:
+      dense: [..., D], this rank's partial sums of the dense branch.
+      experts: [..., D], dense's dtype: this rank's partial sums of the routed experts' branch.
+      residual: [..., D], replicated over axis_name.
+      dense_norm_scale: [D], replicated: of the dense branch's post-norm.
+      expert_norm_scale: [D], replicated: of the experts' post-norm.
+      norm_scale: [D], replicated: of the post-norm of the branches' sum.
+      layer_scalar: () or (1,), or None for 1.
+      next_norm_scale: None, or as in fused_sandwich.
+      axis_name, eps, scale_offset, implementation: as in fused_post_ff, for all of the norms.
+
+    Returns:
+      hidden, or with next_norm_scale (hidden, normed) as in fused_sandwich: residual.dtype.
+    """
+    operands = _operands(
+        (dense, experts),
+        (dense_norm_scale, expert_norm_scale, norm_scale),
+        jnp.asarray(residual),
+        layer_scalar,
+        next_norm_scale,
+    )
+    hidden, *normed = _fused(operands, axis_name, eps, scale_offset, implementation)
+    if next_norm_scale is None:
+        return hidden
+    return hidden, _like(next_norm_scale, normed)
 
 
 def down_proj_post_ff(
@@ -232,6 +333,58 @@ def _axes(entry: AxisName | None) -> set[str]:
     return {entry} if isinstance(entry, str) else set(entry)
 
 
+def _fused(
+    operands: Operands,
+    axis_name: AxisName,
+    eps: float,
+    scale_offset: float,
+    implementation: Implementation | None,
+) -> tuple[jax.Array, ...]:
+    """Checks a call and binds it. Returns hidden and the next norms."""
+    eps, scale_offset = _check_number("eps", eps), _check_number("scale_offset", scale_offset)
+    if eps <= 0:
+        raise ValueError(f"eps must be positive in float32, got {eps}")
+    if implementation not in ("cuda", "xla", None):
+        raise ValueError(f'implementation must be "cuda", "xla" or None, got {implementation!r}')
+    check_operands(operands)
+    names = _check_axis(axis_name)
+    _check_replication(operands, names)
+    options = lowering.Options(names, eps, scale_offset, implementation)
+    # No tokens: nothing that a kernel could do.
+    if implementation == "xla" or 0 in operands.partial_sums[0].shape:
+        return lowering.reference(options, operands)
+    return lowering.fused_tail(options, operands)
+
+
+def _operands(
+    partial_sums, norm_scales, residual=None, layer_scalar=None, next_norm_scale=None
+) -> Operands:
+    """An operation's arguments as arrays."""
+    if next_norm_scale is None:
+        next_norm_scales = ()
+    elif not isinstance(next_norm_scale, tuple):
+        next_norm_scales = (next_norm_scale,)
+    elif 1 <= len(next_norm_scale) <= MAX_NEXT_NORMS:
+        next_norm_scales = next_norm_scale
+    else:
+        raise ValueError(
+            f"next_norm_scale must be an array [D] or a tuple of 1 to {MAX_NEXT_NORMS}, got a "
+            f"tuple of {len(next_norm_scale)}"
+        )
+    return Operands(
+        tuple(map(jnp.asarray, partial_sums)),
+        tuple(map(jnp.asarray, norm_scales)),
+        residual,
+        None if layer_scalar is None else _as_array(layer_scalar),
+        tuple(map(jnp.asarray, next_norm_scales)),
+    )
+
+
+def _like(next_norm_scale, normed: list[jax.Array]) -> Any:
+    """A tuple where next_norm_scale was one, else the one array."""
+    return tuple(normed) if isinstance(next_norm_scale, tuple) else normed[0]
+
+
 def _as_array(layer_scalar: jax.Array | float) -> jax.Array:
     """A Python number becomes float32, also where JAX's default is float64."""
     return jnp.asarray(layer_scalar, jnp.float32 if isinstance(layer_scalar, int | float) else None)
@@ -248,33 +401,67 @@ def _check_number(name: str, value: float) -> float:
     return number
 
 
-def _check_operands(x, residual, norm_scale, layer_scalar=None) -> None:
+class _Named(NamedTuple):
+    """The operands by the names of the arguments that they were."""
+
+    sums: dict[str, jax.Array]
+    residual: dict[str, jax.Array]
+    scales: dict[str, jax.Array]
+    scalar: dict[str, jax.Array]
+
+    @classmethod
+    def of(cls, operands: Operands) -> "_Named":
+        branches = ("dense", "experts") if len(operands.partial_sums) == 2 else ("x",)
+        scales = ("norm_scale",)
+        if len(branches) == 2:
+            scales = ("dense_norm_scale", "expert_norm_scale", "norm_scale")
+        if len(operands.next_norm_scales) == 1:
+            scales += ("next_norm_scale",)
+        else:
+            scales += tuple(f"next_norm_scale[{i}]" for i in range(MAX_NEXT_NORMS))
+        return cls(
+            dict(zip(branches, operands.partial_sums)),
+            {} if operands.residual is None else {"residual": operands.residual},
+            dict(zip(scales, (*operands.norm_scales, *operands.next_norm_scales))),
+            {} if operands.layer_scalar is None else {"layer_scalar": operands.layer_scalar},
+        )
+
+
+def check_operands(operands: Operands) -> None:
     """Shapes and dtypes. No operand is ever converted silently, nor read as another dtype."""
+    named = _Named.of(operands)
+    x_name, x = next(iter(named.sums.items()))
     if x.ndim == 0:
-        raise ValueError("x must be [..., D], got the shape ()")
+        raise ValueError(f"{x_name} must be [..., D], got the shape ()")
     hidden = x.shape[-1]
     if hidden == 0:
-        raise ValueError(f"x must have D > 0 elements a token, got the shape {x.shape}")
-    if residual.shape != x.shape:
-        raise ValueError(f"residual must have x's shape {x.shape}, got {residual.shape}")
-    if norm_scale.shape != (hidden,):
-        raise ValueError(
-            f"norm_scale must have the shape ({hidden},) for x of shape {x.shape}, "
-            f"got {norm_scale.shape}"
-        )
-    named = {"x": x, "residual": residual, "norm_scale": norm_scale}
-    if layer_scalar is not None:
-        if layer_scalar.shape not in ((), (1,)):
+        raise ValueError(f"{x_name} must have D > 0 elements a token, got the shape {x.shape}")
+    for name, operand in (named.sums | named.residual).items():
+        if operand.shape != x.shape:
+            raise ValueError(f"{name} must have {x_name}'s shape {x.shape}, got {operand.shape}")
+    for name, operand in named.scales.items():
+        if operand.shape != (hidden,):
             raise ValueError(
-                f"layer_scalar must have the shape () or (1,), got {layer_scalar.shape}"
+                f"{name} must have the shape ({hidden},) for {x_name} of shape {x.shape}, "
+                f"got {operand.shape}"
             )
-        named["layer_scalar"] = layer_scalar
-    for name, operand in named.items():
+    for name, operand in named.scalar.items():
+        if operand.shape not in ((), (1,)):
+            raise ValueError(f"{name} must have the shape () or (1,), got {operand.shape}")
+    _check_dtypes(named)
+
+
+def _check_dtypes(named: _Named) -> None:
+    everything = named.sums | named.residual | named.scales | named.scalar
+    for name, operand in everything.items():
         if operand.dtype not in DTYPES:
             raise TypeError(f"{name} must be bfloat16, float16 or float32, got {operand.dtype}")
-    if {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)} <= {a.dtype for a in named.values()}:
-        dtypes = ", ".join(f"{name} {operand.dtype}" for name, operand in named.items())
+    if {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)} <= {a.dtype for a in everything.values()}:
+        dtypes = ", ".join(f"{name} {operand.dtype}" for name, operand in everything.items())
         raise TypeError(f"bfloat16 and float16 must not be mixed in one call, got {dtypes}")
+    if len({operand.dtype for operand in named.sums.values()}) > 1:
+        dtypes = " and ".join(str(operand.dtype) for operand in named.sums.values())
+        raise TypeError(f"{' and '.join(named.sums)} must have one dtype, got {dtypes}")
 
 
 def _check_axis(axis_name: AxisName) -> tuple[str, ...]:
@@ -293,28 +480,33 @@ def _check_axis(axis_name: AxisName) -> tuple[str, ...]:
     return names
 
 
-def _check_replication(operands: tuple[jax.Array, ...], names: tuple[str, ...]) -> None:
-    """x must be partial over the axes and the rest replicated, as far as check_vma lets us see."""
+def _check_replication(operands: Operands, names: tuple[str, ...]) -> None:
+    """Partial sums must be partial over the axes and the rest replicated, as far as check_vma lets
+    us see."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = {name for name in names if mesh.shape[name] > 1}  # types leave out axes of size 1
     # Only under check_vma does a type say what varies; the rank's own index shows whether it is on.
     index = jax.eval_shape(lambda: jax.lax.axis_index(names)).manual_axis_type
     if index is None or not axes <= index.varying:
         return
-    x, *others = (jax.typeof(operand).manual_axis_type for operand in operands)
-    for name, kind in zip(("residual", "norm_scale", "layer_scalar"), others):
+    named = _Named.of(operands)
+    for name, operand in (named.residual | named.scales | named.scalar).items():
+        kind = jax.typeof(operand).manual_axis_type
         if over := (kind.varying | kind.unreduced | kind.reduced) & axes:
             raise ValueError(
                 f"{name} must be replicated over axis_name, got one that varies over or is typed "
                 f"unreduced or reduced over {sorted(over)}; reduce or gather it first"
             )
-    if not axes <= x.varying and not axes <= x.unreduced:
-        raise ValueError(
-            f"x must hold partial sums, varying or unreduced over all of {sorted(axes)}, got one "
-            f"varying over {sorted(x.varying & axes)} and unreduced over "
-            f"{sorted(x.unreduced & axes)}: it is reduced already, or lacks jax.lax.pcast"
-        )
-    if other := x.unreduced - set(names):
-        raise ValueError(
-            f"x must be unreduced over axis_name alone, got one unreduced over {sorted(other)} too"
-        )
+    for name, operand in named.sums.items():
+        kind = jax.typeof(operand).manual_axis_type
+        if not axes <= kind.varying and not axes <= kind.unreduced:
+            raise ValueError(
+                f"{name} must hold partial sums, varying or unreduced over all of {sorted(axes)}, "
+                f"got one varying over {sorted(kind.varying & axes)} and unreduced over "
+                f"{sorted(kind.unreduced & axes)}: it is reduced already, or lacks jax.lax.pcast"
+            )
+        if other := kind.unreduced - set(names):
+            raise ValueError(
+                f"{name} must be unreduced over axis_name alone, got one unreduced over "
+                f"{sorted(other)} too"
+            )

@@ -11,7 +11,60 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_gemma_arf import extension, lowering
+from jax_gemma_arf.fused_ops import check_operands
+from jax_gemma_arf.reference import Operands
 from jax_gemma_arf.support import AXIS_SIZES, choose_algorithm
+
+
+def loopback_tail(
+    operands: Operands,
+    *,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    algorithm: str | None = None,
+    max_ctas: int = 0,
+    absent_rank: int = -1,
+) -> tuple[jax.Array, ...]:
+    """The kernel of any fused operation, all ranks on one CUDA device.
+
+    Args:
+      operands: those of the operation, with partial sums [N, ..., D] of N = 2, 4 or 8 ranks.
+      eps: added to each mean of squares.
+      scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3.
+      algorithm: "one_shot", "two_shot", or None for the rule of support.choose_algorithm.
+      max_ctas: most thread blocks a rank may launch, from 8; 0 for all that fit.
+      absent_rank: a rank that is not launched, so that the others wait for it; -1 for none.
+
+    Returns:
+      hidden and the next norms, [N, ..., D] each, of operands.dtype: what each rank computed.
+
+    Raises:
+      ValueError, TypeError: if N is not 2, 4 or 8, or as the fused operations.
+      NotImplementedError: if the extension was not built.
+    """
+    if extension.load() is None:
+        raise NotImplementedError(f"loopback needs the extension: {extension.why_missing()}")
+    shapes = [part.shape for part in operands.partial_sums]
+    shape = shapes[0]
+    if len(shape) < 2 or shape[0] not in AXIS_SIZES or shapes != [shape] * len(shapes):
+        raise ValueError(
+            "the partial sums must be [N, ..., D] each, with N = 2, 4 or 8 ranks, got the shapes "
+            + ", ".join(map(str, shapes))
+        )
+    ranks = shape[0]
+    one_rank = jax.eval_shape(lambda parts: [part[0] for part in parts], operands.partial_sums)
+    check_operands(operands._replace(partial_sums=tuple(one_rank)))
+    if algorithm is None:
+        message_bytes = sum(math.prod(part.shape) * part.dtype.itemsize for part in one_rank)
+        algorithm = choose_algorithm(ranks, message_bytes)
+    attributes = lowering.ffi_attributes(
+        operands, algorithm, np.arange(ranks)[None], eps, scale_offset, max_ctas
+    )
+    attributes["absent_rank"] = np.int64(absent_rank)
+    result = jax.ShapeDtypeStruct(shape, operands.dtype)
+    results = (result,) * (1 + len(operands.next_norm_scales))
+    call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, results)
+    return tuple(call(*jax.tree.leaves(operands), **attributes))
 
 
 def loopback_post_ff(
@@ -19,46 +72,21 @@ def loopback_post_ff(
     residual: jax.Array,
     norm_scale: jax.Array,
     layer_scalar: jax.Array | None = None,
-    *,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    algorithm: str | None = None,
-    max_ctas: int = 0,
+    **options,
 ) -> jax.Array:
-    """The kernel of :func:`jax_gemma_arf.fused_post_ff`, all ranks on one CUDA device.
+    """:func:`jax_gemma_arf.fused_post_ff` by ``loopback_tail``, with x [N, ..., D].
 
     Args:
       x: [N, ..., D], the partial sums of N = 2, 4 or 8 ranks.
       residual: [..., D].
       norm_scale: [D].
       layer_scalar: () or (1,), or None for 1.
-      eps: added to the mean of squares.
-      scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3.
-      algorithm: "one_shot", "two_shot", or None for the rule of support.choose_algorithm.
-      max_ctas: most thread blocks a rank may launch, from 8; 0 for all that fit.
+      **options: as of loopback_tail.
 
     Returns:
       [N, ..., D], residual.dtype: what each rank computed.
-
-    Raises:
-      ValueError: if N is not 2, 4 or 8, or the trailing shapes of x and residual differ.
-      NotImplementedError: if the extension was not built.
     """
-    if extension.load() is None:
-        raise NotImplementedError(f"loopback needs the extension: {extension.why_missing()}")
-    if x.ndim < 2 or x.shape[0] not in AXIS_SIZES or x.shape[1:] != residual.shape:
-        raise ValueError(
-            f"x must be [N, *residual.shape] with N = 2, 4 or 8, got {x.shape} for a residual of "
-            f"{residual.shape}"
-        )
-    ranks = x.shape[0]
-    if algorithm is None:
-        algorithm = choose_algorithm(ranks, math.prod(residual.shape) * x.dtype.itemsize)
-    operands = (x, residual, norm_scale)
     if layer_scalar is not None:
-        operands += (jnp.asarray(layer_scalar),)
-    attributes = lowering.ffi_attributes(
-        algorithm, np.arange(ranks)[None], eps, scale_offset, max_ctas
-    )
-    result = jax.ShapeDtypeStruct(x.shape, residual.dtype)
-    return jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, result)(*operands, **attributes)
+        layer_scalar = jnp.asarray(layer_scalar)
+    (hidden,) = loopback_tail(Operands((x,), (norm_scale,), residual, layer_scalar), **options)
+    return hidden

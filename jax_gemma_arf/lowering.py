@@ -1,6 +1,7 @@
-"""The primitive behind fused_post_ff: its type, derivative and batching, and its lowering to one
-FFI call on CUDA or to the reference anywhere else."""
+"""The primitive behind the fused operations: its type, derivative and batching, and its lowering to
+one FFI call on CUDA or to the reference anywhere else."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -13,20 +14,66 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_gemma_arf import extension, support
-from jax_gemma_arf.reference import reference_post_ff
+from jax_gemma_arf.reference import Operands, reference_tail
 
 logger = logging.getLogger("jax_gemma_arf")
 
-MESH_TARGET = "jax_gemma_arf.post_ff"
-LOOPBACK_TARGET = "jax_gemma_arf.loopback_post_ff"
+MESH_TARGET = "jax_gemma_arf.tail"
+LOOPBACK_TARGET = "jax_gemma_arf.loopback_tail"
 
-# Operands: x, residual, norm_scale and, optionally, layer_scalar. Parameters: axis_name (a tuple),
-# eps, scale_offset, implementation ("cuda" or None).
-post_ff_p = Primitive("fused_post_ff")
+# Operands: the leaves of an Operands. Parameters: tree, what its leaves are, and options. Results:
+# hidden and the next norms.
+tail_p = Primitive("fused_tail")
+tail_p.multiple_results = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is static of a call, besides which operands there are."""
+
+    axis_name: tuple[str, ...]
+    eps: float
+    scale_offset: float
+    implementation: str | None  # "cuda" or None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fused_tail(options: Options, operands: Operands) -> tuple[jax.Array, ...]:
+    """Binds the primitive with a derivative. Returns hidden and the next norms."""
+    leaves, tree = jax.tree.flatten(operands)
+    return tuple(tail_p.bind(*leaves, tree=tree, options=options))
+
+
+def _forward(options, operands):
+    return fused_tail(options, operands), operands
+
+
+def _backward(options, operands, cotangents):
+    # The reference's own derivative, so that the collectives of the transpose and the types under
+    # check_vma are those of psum.
+    return jax.vjp(functools.partial(reference, options), operands)[1](cotangents)
+
+
+fused_tail.defvjp(_forward, _backward)
+
+
+def reference(options: Options, operands: Operands) -> tuple[jax.Array, ...]:
+    """What fused_tail computes."""
+    return reference_tail(
+        operands,
+        axis_name=options.axis_name,
+        eps=options.eps,
+        scale_offset=options.scale_offset,
+    )
 
 
 def ffi_attributes(
-    algorithm: str, groups: np.ndarray, eps: float, scale_offset: float, max_ctas: int = 0
+    operands: Operands,
+    algorithm: str,
+    groups: np.ndarray,
+    eps: float,
+    scale_offset: float,
+    max_ctas: int = 0,
 ) -> dict[str, Any]:
     """The attributes of both custom call targets, in the types that the handlers decode."""
     return {
@@ -36,28 +83,29 @@ def ffi_attributes(
         "eps": np.float32(eps),
         "scale_offset": np.float32(scale_offset),
         "max_ctas": np.int64(max_ctas),
+        "branches": np.int64(len(operands.partial_sums)),
+        "has_residual": operands.residual is not None,
+        "has_layer_scalar": operands.layer_scalar is not None,
+        "next_norms": np.int64(len(operands.next_norm_scales)),
     }
 
 
-def _reference(*operands, axis_name, eps, scale_offset, implementation=None):
-    del implementation
-    return reference_post_ff(*operands, axis_name=axis_name, eps=eps, scale_offset=scale_offset)
+def _reference_of_leaves(*leaves, tree, options):
+    return reference(options, tree.unflatten(leaves))
 
 
-@post_ff_p.def_abstract_eval
+@tail_p.def_abstract_eval
 def _abstract_eval(*avals, **params):
-    # psum's own rules say what the result varies over, and how it is sharded.
-    (out,) = jax.make_jaxpr(functools.partial(_reference, **params))(*avals).out_avals
-    return out
+    # psum's own rules say what the results vary over, and how they are sharded.
+    return jax.make_jaxpr(functools.partial(_reference_of_leaves, **params))(*avals).out_avals
 
 
-def _lower_to_reference(ctx, *operands, reason: str, level: int, **params):
-    if params["implementation"] == "cuda":
+def _lower_to_reference(ctx, *leaves, reason: str, level: int, **params):
+    if params["options"].implementation == "cuda":
         raise NotImplementedError(_refusal(reason))
     log_fallback(reason, level)
-    return mlir.lower_fun(functools.partial(_reference, **params), multiple_results=False)(
-        ctx, *operands
-    )
+    function = functools.partial(_reference_of_leaves, **params)
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
 def _refusal(reason: str) -> str:
@@ -72,17 +120,18 @@ def log_fallback(reason: str, level: int = logging.WARNING) -> None:
     kind = re.sub(r"\d+", "", reason)
     if kind not in _logged:
         _logged.add(kind)
-        logger.log(level, "fused_post_ff runs as psum + tail: %s", reason)
+        logger.log(level, "fused operations run as psum + tail: %s", reason)
 
 
-def _default_lowering(ctx, *operands, **params):
+def _default_lowering(ctx, *leaves, **params):
     platforms = [name for name in ctx.module_context.platforms if name != "cuda"]
     reason = f"platform is {', '.join(platforms)}, not CUDA"
-    return _lower_to_reference(ctx, *operands, reason=reason, level=logging.INFO, **params)
+    return _lower_to_reference(ctx, *leaves, reason=reason, level=logging.INFO, **params)
 
 
-def _cuda_lowering(ctx, *operands, **params):
-    x = ctx.avals_in[0]
+def _cuda_lowering(ctx, *leaves, tree, options):
+    operands = tree.unflatten(ctx.avals_in)
+    x = operands.partial_sums[0]
     context = ctx.module_context.axis_context
     # A client for another platform: lowering for CUDA on a machine without it.
     client = ctx.module_context.backend
@@ -92,62 +141,58 @@ def _cuda_lowering(ctx, *operands, **params):
         x.shape,
         x.dtype,
         mesh=context.mesh,
-        names=params["axis_name"],
+        names=options.axis_name,
         client=client,
+        branches=len(operands.partial_sums),
         manual_axes=context.manual_axes,
-        forced=params["implementation"] == "cuda",
+        forced=options.implementation == "cuda",
     )
     if decision.algorithm is None:
         level = logging.INFO if decision.deliberate else logging.WARNING
-        return _lower_to_reference(ctx, *operands, reason=decision.reason, level=level, **params)
+        return _lower_to_reference(
+            ctx, *leaves, reason=decision.reason, level=level, tree=tree, options=options
+        )
     extension.load()
     attributes = ffi_attributes(
+        operands,
         decision.algorithm,
-        support.replica_groups(context.mesh, params["axis_name"]),
-        params["eps"],
-        params["scale_offset"],
+        support.replica_groups(context.mesh, options.axis_name),
+        options.eps,
+        options.scale_offset,
     )
-    return jax.ffi.ffi_lowering(MESH_TARGET)(ctx, *operands, **attributes)
+    return jax.ffi.ffi_lowering(MESH_TARGET)(ctx, *leaves, **attributes)
 
 
-mlir.register_lowering(post_ff_p, _default_lowering)
-mlir.register_lowering(post_ff_p, _cuda_lowering, platform="cuda")
+mlir.register_lowering(tail_p, _default_lowering)
+mlir.register_lowering(tail_p, _cuda_lowering, platform="cuda")
 
 
-def _batch(args, dims, **params):
+def _batch(leaves, dims, *, tree, options):
     """Folds the batch into the tokens: one collective for all of it."""
-    size = next(a.shape[d] for a, d in zip(args, dims) if d is not None)
-    if any(d is not None for d in dims[2:]):
-        reason = "norm_scale or layer_scalar has a vmapped axis"
-        if params["implementation"] == "cuda":
+    size = next(a.shape[d] for a, d in zip(leaves, dims) if d is not None)
+    operands, axes = tree.unflatten(leaves), tree.unflatten(dims)
+    if jax.tree.leaves(axes._replace(partial_sums=(), residual=None)):
+        reason = "a norm scale or layer_scalar has a vmapped axis"
+        if options.implementation == "cuda":
             raise NotImplementedError(_refusal(reason))
         log_fallback(reason)
-        return jax.vmap(functools.partial(_reference, **params), in_axes=tuple(dims))(*args), 0
-    x, residual = (
-        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
-        for a, d in zip(args[:2], dims[:2])
+        function = functools.partial(_reference_of_leaves, tree=tree, options=options)
+        outs = jax.vmap(function, in_axes=tuple(dims))(*leaves)
+        return outs, (0,) * len(outs)
+
+    def fold(array, axis):
+        if array is None:
+            return None
+        if axis is None:
+            return jnp.broadcast_to(array, (size, *array.shape))
+        return jnp.moveaxis(array, axis, 0)
+
+    folded = operands._replace(
+        partial_sums=tuple(map(fold, operands.partial_sums, axes.partial_sums)),
+        residual=fold(operands.residual, axes.residual),
     )
-    return post_ff_p.bind(x, residual, *args[2:], **params), 0
+    outs = tail_p.bind(*jax.tree.leaves(folded), tree=tree, options=options)
+    return outs, (0,) * len(outs)
 
 
-batching.primitive_batchers[post_ff_p] = _batch
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def post_ff(params: tuple[tuple[str, Any], ...], operands: tuple[jax.Array, ...]) -> jax.Array:
-    """Binds the primitive with a derivative. params: its parameters as sorted items."""
-    return post_ff_p.bind(*operands, **dict(params))
-
-
-def _forward(params, operands):
-    return post_ff(params, operands), operands
-
-
-def _backward(params, operands, cotangent):
-    # The reference's own derivative, so that the collectives of the transpose and the types under
-    # check_vma are those of psum.
-    _, vjp = jax.vjp(functools.partial(_reference, **dict(params)), *operands)
-    return (vjp(cotangent),)
-
-
-post_ff.defvjp(_forward, _backward)
+batching.primitive_batchers[tail_p] = _batch

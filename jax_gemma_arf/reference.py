@@ -1,7 +1,99 @@
 """What the fused operations compute, in plain JAX: definition, oracle and fallback."""
 
+import functools
+import operator
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+class Operands(NamedTuple):
+    """What a fused tail reads; which of them are there says which tail it is.
+
+    As a pytree, its leaves in this order are the operands of the primitive and of the FFI call.
+
+    Attributes:
+      partial_sums: [..., D] each, all of one dtype: this rank's, of one branch or of two.
+      norm_scales: [D] each: of one branch, its norm; of two, the norms of both and of their sum.
+      residual: [..., D], or None.
+      layer_scalar: () or (1,), or None for 1.
+      next_norm_scales: [D] each, up to three: the norms that read the finished row.
+    """
+
+    partial_sums: tuple[jax.Array, ...]
+    norm_scales: tuple[jax.Array, ...]
+    residual: jax.Array | None = None
+    layer_scalar: jax.Array | None = None
+    next_norm_scales: tuple[jax.Array, ...] = ()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of all results: residual's, or without one that of the partial sums."""
+        return (self.partial_sums[0] if self.residual is None else self.residual).dtype
+
+
+def reference_tail(
+    operands: Operands, *, axis_name: str | tuple[str, ...], eps: float, scale_offset: float
+) -> tuple[jax.Array, ...]:
+    """``tail`` of the partial sums, reduced by psum in their own dtype.
+
+    Args:
+      operands: this rank's; all but the partial sums replicated over axis_name.
+      axis_name: a mesh axis, inside jax.shard_map, or a tuple of them.
+      eps: added to each mean of squares.
+      scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3.
+
+    Returns:
+      As ``tail``, replicated over axis_name. Nothing is checked.
+    """
+    summed = jax.lax.psum(operands.partial_sums, axis_name)
+    return tail(operands._replace(partial_sums=summed), eps=eps, scale_offset=scale_offset)
+
+
+def tail(operands: Operands, *, eps: float, scale_offset: float) -> tuple[jax.Array, ...]:
+    """Everything after the all-reduce. With ``norm(row, w) = rmsnorm(row) * (scale_offset + w)``::
+
+        row    = sum                              or  norm(sum_0, w_0) + norm(sum_1, w_1)
+        hidden = (norm(row, w) + residual) * layer_scalar,    rounded once
+        normed = norm(hidden, next_w)             for each next norm, of the rounded row
+
+    All arithmetic is float32; the roundings are those of the results. A model without the fused
+    operation hands hidden to its next norm in hidden's dtype, and so does this.
+
+    Args:
+      operands: the reduced rows in place of the partial sums.
+      eps: added to each mean of squares.
+      scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3, whose checkpoints hold ``w`` for ``1 + w``.
+
+    Returns:
+      hidden and each normed, [..., D], all of ``operands.dtype``.
+    """
+    norm = functools.partial(_norm, eps=eps, scale_offset=scale_offset)
+    rows = operands.partial_sums
+    *branch_scales, scale = operands.norm_scales
+    if branch_scales:
+        rows = tuple(map(norm, rows, branch_scales))
+    out = norm(functools.reduce(operator.add, rows), scale)
+    if operands.residual is not None:
+        out = out + operands.residual.astype(jnp.float32)
+    if operands.layer_scalar is not None:
+        out = out * operands.layer_scalar.astype(jnp.float32).reshape(())
+    hidden = out.astype(operands.dtype)
+    # On GPUs XLA drops a pair of conversions (xla_allow_excess_precision), but not this rounding.
+    # All eight exponent bits, since it would flush subnormals of a smaller range to zero.
+    row = jax.lax.reduce_precision(hidden.astype(jnp.float32), 8, jnp.finfo(hidden.dtype).nmant)
+    return hidden, *(norm(row, w).astype(hidden.dtype) for w in operands.next_norm_scales)
+
+
+def _norm(row: jax.Array, norm_scale: jax.Array, *, eps: float, scale_offset: float) -> jax.Array:
+    """Zhang and Sennrich's RMSNorm (arXiv:1910.07467) over the last axis, scaled, in float32."""
+    row = row.astype(jnp.float32)
+    mean_square = jnp.mean(row * row, axis=-1, keepdims=True)
+    scale = jnp.float32(scale_offset) + norm_scale.astype(jnp.float32)
+    scale = jnp.expand_dims(scale, range(row.ndim - 1))  # users may forbid rank promotion
+    return row * jax.lax.rsqrt(mean_square + jnp.float32(eps)) * scale
 
 
 def reference_post_ff(
@@ -47,10 +139,7 @@ def post_ff_tail(
     eps: float = 1e-6,
     scale_offset: float = 0.0,
 ) -> jax.Array:
-    """``(rmsnorm(summed) * (scale_offset + norm_scale) + residual) * layer_scalar``.
-
-    The RMSNorm is Zhang and Sennrich's (arXiv:1910.07467), over the last axis. All arithmetic is
-    float32; the one rounding is to residual.dtype.
+    """``(rmsnorm(summed) * (scale_offset + norm_scale) + residual) * layer_scalar``, as ``tail``.
 
     Args:
       summed: [..., D], the reduced row.
@@ -58,17 +147,12 @@ def post_ff_tail(
       norm_scale: [D].
       layer_scalar: () or (1,), or None for 1.
       eps: added to the mean of squares.
-      scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3, whose checkpoints hold ``w`` for ``1 + w``.
+      scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3.
 
     Returns:
       [..., D], residual.dtype.
     """
-    row = summed.astype(jnp.float32)
-    mean_square = jnp.mean(row * row, axis=-1, keepdims=True)
-    normed = row * jax.lax.rsqrt(mean_square + jnp.float32(eps))
-    scale = jnp.float32(scale_offset) + norm_scale.astype(jnp.float32)
-    scale = jnp.expand_dims(scale, range(row.ndim - 1))  # users may forbid rank promotion
-    out = normed * scale + residual.astype(jnp.float32)
     if layer_scalar is not None:
-        out = out * jnp.asarray(layer_scalar, jnp.float32).reshape(())
-    return out.astype(residual.dtype)
+        layer_scalar = jnp.asarray(layer_scalar, jnp.float32)
+    operands = Operands((summed,), (norm_scale,), residual, layer_scalar)
+    return tail(operands, eps=eps, scale_offset=scale_offset)[0]

@@ -20,17 +20,20 @@ from jax_gemma_arf import extension
 
 AXIS_SIZES = (2, 4, 8)
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-#: Bytes of x on one rank. Above it FlashInfer's int32 indices and the workspace grow too large.
+#: How many norms of the finished row one call may hold.
+MAX_NEXT_NORMS = 3
+#: Bytes of the partial sums on one rank. Above it FlashInfer's int32 indices and the workspace grow
+#: too large.
 MAX_MESSAGE_BYTES = 256 << 20
-#: Bytes of x on one rank up to which one-shot is used, by axis size. One-shot pushes N - 1 messages
-#: and has no barrier; two-shot moves 2 (N - 1) / N messages between barriers of 7 us together.
-#: N = 2, measured on two H100s: one-shot is the faster at every size, but by only 5% from 10 MiB,
-#: where its three Lamport generations of N messages take three times two-shot's memory. N = 4 and
-#: 8, not measured: where the wire time saved, at 320 GB/s, is worth the barriers.
+#: Bytes of the partial sums on one rank up to which one-shot is used, by axis size. One-shot pushes
+#: N - 1 messages and has no barrier; two-shot moves 2 (N - 1) / N messages between barriers of 7 us
+#: together. N = 2, measured on two H100s: one-shot is the faster at every size, but by only 5% from
+#: 10 MiB, where its three Lamport generations of N messages take three times two-shot's memory.
+#: N = 4 and 8, not measured: where the wire time saved, at 320 GB/s, is worth the barriers.
 ONE_SHOT_MAX_BYTES = {2: 16 << 20, 4: 1 << 20, 8: 512 << 10}
-#: Bytes of x on one rank above which psum is taken unless implementation is "cuda". Measured on two
-#: H100s: XLA's all-reduce catches up at 22 MB and is 12% ahead at 88 MB, where the wire is all that
-#: counts and the kernel's extra passes over memory show. N = 4 and 8 not measured.
+#: Bytes of the partial sums on one rank above which psum is taken unless implementation is "cuda".
+#: Measured on two H100s: XLA's all-reduce catches up at 22 MB and is 12% ahead at 88 MB, where the
+#: wire is all that counts and the kernel's extra passes over memory show. N = 4 and 8 not measured.
 PSUM_ABOVE_BYTES = 16 << 20
 #: Architectures that the extension holds code for: Hopper and datacenter Blackwell.
 COMPUTE_CAPABILITIES = ("9.0", "10.0")
@@ -129,27 +132,34 @@ def fusion_support(
     *,
     mesh: AnyMesh,
     axis_name: AxisName,
+    branches: int = 1,
 ) -> Support:
-    """Why :func:`jax_gemma_arf.fused_post_ff` will or will not run as the kernel.
+    """Why a fused operation will or will not run as the kernel.
 
     Args:
-      x_shape: [..., D], the shape of x on one rank, as inside a jax.shard_map that is manual over
-        all axes of the mesh.
+      x_shape: [..., D], the shape of x (or dense, or experts) on one rank, as inside a
+        jax.shard_map that is manual over all axes of the mesh.
       dtype: x's dtype.
       mesh: the mesh. An AbstractMesh has no devices, so only what is static is checked.
       axis_name: the mesh axis (or axes) of tensor parallelism.
+      branches: how many partial sums the call reduces: 2 for fused_moe_tail, 1 for the others.
 
     Returns:
       A Support, true if the kernel will run.
 
     Raises:
-      ValueError: if axis_name does not name axes of the mesh, or x_shape has no last axis.
+      ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis, or branches
+        is neither 1 nor 2.
     """
     if len(x_shape) == 0:
         raise ValueError("x must have a last axis of D elements, got the shape ()")
+    if branches not in (1, 2):
+        raise ValueError(f"branches must be 1 or 2, got {branches!r}")
     client = mesh.devices.flat[0].client if isinstance(mesh, jax.sharding.Mesh) else None
     names = axis_names(axis_name, mesh)
-    return decide(tuple(x_shape), jnp.dtype(dtype), mesh=mesh, names=names, client=client)
+    return decide(
+        tuple(x_shape), jnp.dtype(dtype), mesh=mesh, names=names, client=client, branches=branches
+    )
 
 
 def decide(
@@ -159,6 +169,7 @@ def decide(
     mesh: AnyMesh,
     names: tuple[str, ...],
     client: object | None,
+    branches: int = 1,
     manual_axes: frozenset[str] | None = None,
     forced: bool = False,
 ) -> Support:
@@ -171,11 +182,12 @@ def decide(
       names: the axes of tensor parallelism.
       client: the JAX client whose devices will run the call; None if there is none, as when
         lowering for CUDA on a machine without it: then the devices are not checked.
+      branches: as there.
       manual_axes: the mesh axes that are manual; None for all.
       forced: whether the kernel is wanted also where psum is expected to be as fast.
     """
     ranks = group_size(mesh, names)
-    message = _Message(x_shape, dtype)
+    message = _Message(x_shape, dtype, branches)
     if reason := next(_nothing_to_gain(message, ranks), None):
         return Support(False, reason, deliberate=True)
     objections = itertools.chain(
@@ -187,8 +199,8 @@ def decide(
         return Support(False, reason)
     if message.bytes > PSUM_ABOVE_BYTES and not forced:
         reason = (
-            f"x has {message.bytes} bytes on a rank, and above {PSUM_ABOVE_BYTES} psum is as fast; "
-            'implementation="cuda" runs the kernel all the same'
+            f"the partial sums have {message.bytes} bytes on a rank, and above {PSUM_ABOVE_BYTES} "
+            'psum is as fast; implementation="cuda" runs the kernel all the same'
         )
         return Support(False, reason, deliberate=True)
     algorithm = choose_algorithm(ranks, message.bytes)
@@ -197,10 +209,11 @@ def decide(
 
 @dataclasses.dataclass(frozen=True)
 class _Message:
-    """x on one rank."""
+    """The partial sums on one rank: as many of one shape as there are branches."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    branches: int
 
     @property
     def static(self) -> bool:
@@ -208,7 +221,7 @@ class _Message:
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.branches * math.prod(self.shape) * self.dtype.itemsize
 
 
 def _nothing_to_gain(message: _Message, ranks: int) -> Iterator[str]:
@@ -233,9 +246,9 @@ def _static_objections(message: _Message, ranks: int, names: tuple[str, ...]) ->
     if hidden % 64 != 0 or not 256 <= hidden <= 16384:
         yield f"D must be a multiple of 64 from 256 to 16384, got {hidden}"
     if message.bytes > MAX_MESSAGE_BYTES:
-        tokens = MAX_MESSAGE_BYTES // (hidden * message.dtype.itemsize)
+        tokens = MAX_MESSAGE_BYTES // (message.branches * hidden * message.dtype.itemsize)
         yield (
-            f"x has {message.bytes} bytes on a rank, above the workspace cap of "
+            f"the partial sums have {message.bytes} bytes on a rank, above the workspace cap of "
             f"{MAX_MESSAGE_BYTES}; use at most {tokens} tokens a call"
         )
 

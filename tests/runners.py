@@ -1,4 +1,5 @@
-"""Every implementation behind one interface: Inputs -> what each rank holds, [N, *leading, D]."""
+"""Every implementation behind one interface: Inputs -> what each rank holds, [N, *leading, D] for
+hidden and each next norm."""
 
 import dataclasses
 import functools
@@ -11,7 +12,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
-from jax_gemma_arf.loopback import loopback_post_ff
+from jax_gemma_arf.loopback import loopback_tail
+from jax_gemma_arf.reference import Operands
+
+PER_RANK, REPLICATED = P("tp"), P()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Runner:
     gpus: int
     # Whether the rank sum is float32, rounded once, rather than psum's.
     exact_sum: bool
-    run: Callable[[Case, Inputs, list[jax.Device]], np.ndarray]
+    run: Callable[[Case, Inputs, list[jax.Device]], list[np.ndarray]]
 
     def __str__(self) -> str:
         return f"{self.name}_{self.ranks}"
@@ -34,32 +38,86 @@ def make_mesh(sizes, names, devices, axis_type=AxisType.Auto) -> jax.sharding.Me
     return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(names), devices=devices)
 
 
-def run_mesh(implementation: str | None, case: Case, inputs: Inputs, devices) -> np.ndarray:
-    mesh = make_mesh((len(devices),), ("tp",), devices)
-    x, *others = inputs.operands()
+def call_op(case: Case, inputs: Inputs, **options) -> tuple[jax.Array, ...]:
+    """The public operation of the case, inside shard_map. Returns hidden and the next norms.
 
-    def every_rank(x, *others):
-        out = jga.fused_post_ff(
-            x[0],
-            *others,
-            axis_name="tp",
-            eps=case.eps,
-            scale_offset=case.scale_offset,
-            implementation=implementation,
-        )
-        return out[None]
-
-    specs = (P("tp"), *(P() for _ in others))
-    placed = [jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip((x, *others), specs)]
-    mapped = jax.shard_map(every_rank, mesh=mesh, in_specs=specs, out_specs=P("tp"))
-    return np.asarray(jax.jit(mapped)(*placed))
-
-
-def run_loopback(algorithm: str, case: Case, inputs: Inputs, devices) -> np.ndarray:
-    call = functools.partial(
-        loopback_post_ff, eps=case.eps, scale_offset=case.scale_offset, algorithm=algorithm
+    inputs hold this rank's partial sums. A single next norm's scale is given as an array, several
+    as a tuple.
+    """
+    residual = [] if inputs.residual is None else [inputs.residual]
+    scalar = [] if inputs.layer_scalar is None else [inputs.layer_scalar]
+    scales = inputs.next_norm_scales
+    if scales:
+        options["next_norm_scale"] = scales[0] if len(scales) == 1 else scales
+    outputs = getattr(jga, f"fused_{case.op}")(
+        *inputs.partial_sums, *residual, *inputs.norm_scales, *scalar, **options
     )
-    return np.asarray(jax.jit(call)(*jax.device_put(inputs.operands(), devices[0])))
+    return tuple(jax.tree.leaves(outputs))
+
+
+def in_specs(case: Case, partial=PER_RANK, rows=REPLICATED) -> Inputs:
+    """Specs of the case's inputs: partial sums [N, ..., D], residual; the rest is replicated."""
+    return Inputs(
+        partial_sums=(partial,) * case.branches,
+        norm_scales=(P(),) * (2 * case.branches - 1),
+        residual=rows if case.has_residual else None,
+        layer_scalar=P() if case.has_layer_scalar else None,
+        next_norm_scales=(P(),) * case.next_norms,
+    )
+
+
+def place(mesh: jax.sharding.Mesh, inputs: Inputs, specs: Inputs) -> Inputs:
+    """inputs on the devices of a mesh."""
+    return jax.tree.map(
+        lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), inputs, specs
+    )
+
+
+def one_rank(inputs: Inputs) -> Inputs:
+    """Inside a shard_map by in_specs: this rank's partial sums, without their axis of ranks."""
+    return inputs._replace(partial_sums=tuple(x[0] for x in inputs.partial_sums))
+
+
+def mesh_call(
+    case: Case,
+    mesh,
+    *,
+    specs=None,
+    out_specs=REPLICATED,
+    check_vma=True,
+    every_rank=False,
+    **options,
+):
+    """The case's operation over a mesh: from Inputs with all ranks' sums to hidden and next norms.
+
+    every_rank: what each rank holds, [N, ..., D], for out_specs=PER_RANK.
+    """
+    options = {"axis_name": "tp", "eps": case.eps, "scale_offset": case.scale_offset} | options
+
+    def local(inputs):
+        outputs = call_op(case, one_rank(inputs), **options)
+        return tuple(out[None] for out in outputs) if every_rank else outputs
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(in_specs(case) if specs is None else specs,),
+        out_specs=out_specs,
+        check_vma=check_vma,
+    )
+
+
+def run_mesh(implementation: str | None, case: Case, inputs: Inputs, devices) -> list[np.ndarray]:
+    mesh = make_mesh((len(devices),), ("tp",), devices)
+    call = mesh_call(case, mesh, out_specs=PER_RANK, every_rank=True, implementation=implementation)
+    return [np.asarray(out) for out in jax.jit(call)(place(mesh, inputs, in_specs(case)))]
+
+
+def run_loopback(case: Case, inputs: Inputs, devices=None, **options) -> list[np.ndarray]:
+    """loopback_tail's options besides; devices: the GPU, or None for JAX's default device."""
+    call = functools.partial(loopback_tail, eps=case.eps, scale_offset=case.scale_offset, **options)
+    operands = jax.device_put(Operands(*inputs), devices[0] if devices else None)
+    return [np.asarray(out) for out in jax.jit(call)(operands)]
 
 
 XLA = [
@@ -68,7 +126,9 @@ XLA = [
     for n in (2, 4, 8)
 ]
 LOOPBACK = [
-    Runner(f"loopback_{algorithm}", n, 1, True, functools.partial(run_loopback, algorithm))
+    Runner(
+        f"loopback_{algorithm}", n, 1, True, functools.partial(run_loopback, algorithm=algorithm)
+    )
     for n in (2, 4, 8)
     for algorithm in ("one_shot", "two_shot")
 ]

@@ -2,16 +2,19 @@
 what came."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from runners import make_mesh
 
 import jax_gemma_arf as jga
-from jax_gemma_arf.loopback import loopback_post_ff
+from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
+from jax_gemma_arf.reference import Operands
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
@@ -20,15 +23,27 @@ def spec(*shape, dtype=BF16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+ROW, SCALE = spec(4, 640), spec(640)
+POST_FF = {"x": ROW, "residual": ROW, "norm_scale": SCALE, "layer_scalar": spec()}
 GOOD = {
-    "x": spec(4, 640),
-    "residual": spec(4, 640),
-    "norm_scale": spec(640),
-    "layer_scalar": spec(),
-    "axis_name": "tp",
+    "post_ff": POST_FF,
+    "sandwich": POST_FF | {"next_norm_scale": (SCALE, SCALE)},
+    "all_reduce_norm": {"x": ROW, "norm_scale": SCALE},
+    "moe_tail": {
+        "dense": ROW,
+        "experts": ROW,
+        "residual": ROW,
+        "dense_norm_scale": SCALE,
+        "expert_norm_scale": SCALE,
+        "norm_scale": SCALE,
+        "layer_scalar": spec(),
+        "next_norm_scale": SCALE,
+    },
 }
+PARTIAL_SUMS = ("x", "dense", "experts")
+OPERANDS = {name for arguments in GOOD.values() for name in arguments}
 
-# (arguments that replace the good ones, error, what its message must say)
+# Of fused_post_ff: (arguments that replace the good ones, error, what its message must say)
 BAD = {
     "x_scalar": ({"x": spec()}, ValueError, r"x must be \[\.\.\., D\], got the shape \(\)"),
     "no_hidden": (
@@ -122,26 +137,127 @@ BAD = {
 }
 
 
-REPLICATED, PER_RANK = P(), P("tp")
+# Of the others, where they have more to check: (operation, and as above)
+BAD_OTHERS = {
+    "next_norm_scale_shape": (
+        "sandwich",
+        {"next_norm_scale": spec(641)},
+        ValueError,
+        r"next_norm_scale must have the shape \(640,\) for x of shape \(4, 640\), got \(641,\)",
+    ),
+    "second_next_norm_scale_shape": (
+        "sandwich",
+        {"next_norm_scale": (SCALE, spec(4, 640))},
+        ValueError,
+        r"next_norm_scale\[1\] must have the shape \(640,\) .* got \(4, 640\)",
+    ),
+    "next_norm_scale_integer": (
+        "sandwich",
+        {"next_norm_scale": spec(640, dtype=jnp.int8)},
+        TypeError,
+        "next_norm_scale must be bfloat16, float16 or float32, got int8",
+    ),
+    "next_norm_scale_mixed": (
+        "sandwich",
+        {"next_norm_scale": (SCALE, spec(640, dtype=F16))},
+        TypeError,
+        r"must not be mixed .* next_norm_scale\[1\] float16",
+    ),
+    "next_norm_scale_none": (
+        "sandwich",
+        {"next_norm_scale": None},
+        TypeError,
+        "next_norm_scale must be given; without a next norm use fused_post_ff",
+    ),
+    "no_next_norm_scales": (
+        "moe_tail",
+        {"next_norm_scale": ()},
+        ValueError,
+        r"next_norm_scale must be an array \[D\] or a tuple of 1 to 3, got a tuple of 0",
+    ),
+    "four_next_norm_scales": (
+        "sandwich",
+        {"next_norm_scale": (SCALE,) * 4},
+        ValueError,
+        "or a tuple of 1 to 3, got a tuple of 4",
+    ),
+    "norm_only_scale_shape": (
+        "all_reduce_norm",
+        {"norm_scale": spec(641)},
+        ValueError,
+        r"norm_scale must have the shape \(640,\) .* got \(641,\)",
+    ),
+    "norm_only_mixed": (
+        "all_reduce_norm",
+        {"norm_scale": spec(640, dtype=F16)},
+        TypeError,
+        "must not be mixed .* x bfloat16, norm_scale float16",
+    ),
+    "dense_scalar": (
+        "moe_tail",
+        {"dense": spec()},
+        ValueError,
+        r"dense must be \[\.\.\., D\], got the shape \(\)",
+    ),
+    "experts_shape": (
+        "moe_tail",
+        {"experts": spec(5, 640)},
+        ValueError,
+        r"experts must have dense's shape \(4, 640\), got \(5, 640\)",
+    ),
+    "experts_dtype": (
+        "moe_tail",
+        {"experts": spec(4, 640, dtype=F32)},
+        TypeError,
+        "dense and experts must have one dtype, got bfloat16 and float32",
+    ),
+    "moe_residual_shape": (
+        "moe_tail",
+        {"residual": spec(4, 641)},
+        ValueError,
+        r"residual must have dense's shape \(4, 640\), got \(4, 641\)",
+    ),
+    "dense_norm_scale_shape": (
+        "moe_tail",
+        {"dense_norm_scale": spec(4, 640)},
+        ValueError,
+        r"dense_norm_scale must have the shape \(640,\) for dense of shape",
+    ),
+    "expert_norm_scale_dtype": (
+        "moe_tail",
+        {"expert_norm_scale": spec(640, dtype=jnp.int32)},
+        TypeError,
+        "expert_norm_scale must be .* got int32",
+    ),
+    "moe_eps": ("moe_tail", {"eps": 0.0}, ValueError, "eps must be positive in float32, got 0"),
+}
 
 
-def trace(mesh, *, x_spec=PER_RANK, residual_spec=REPLICATED, **arguments):
-    """Traces one call without running it. x has a leading axis of ranks."""
-    arguments = GOOD | arguments
-    operands = [arguments.pop(name) for name in ("x", "residual", "norm_scale", "layer_scalar")]
-    operands[0] = jax.ShapeDtypeStruct((2, *operands[0].shape), operands[0].dtype)
+def trace(mesh, op="post_ff", specs=None, **arguments):
+    """Traces one call without running it, with operands sharded by specs: partial sums, which get a
+    leading axis of ranks, by P("tp"), and all others replicated, unless told otherwise."""
+    arguments = {"axis_name": "tp"} | GOOD[op] | arguments
+    operands = {name: arguments.pop(name) for name in OPERANDS & arguments.keys()}
+    for name in operands.keys() & set(PARTIAL_SUMS):
+        operands[name] = spec(2, *operands[name].shape, dtype=operands[name].dtype)
+    in_specs = {name: P("tp") if name in PARTIAL_SUMS else P() for name in operands}
+    in_specs |= specs or {}
+    for name, spec_ in in_specs.items():  # an Explicit mesh wants types that say what is sharded
+        place = operator.methodcaller("update", sharding=jax.NamedSharding(mesh, spec_))
+        operands[name] = jax.tree.map(place, operands[name])
 
-    def local(x, *others):
-        return jga.fused_post_ff(x[0], *others, **arguments)
+    def local(operands):
+        one_rank = {name: a[0] if name in PARTIAL_SUMS else a for name, a in operands.items()}
+        return getattr(jga, f"fused_{op}")(**one_rank, **arguments)
 
-    mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(x_spec, residual_spec, P(), P()), out_specs=P()
-    )
-    return jax.eval_shape(mapped, *operands)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(in_specs,), out_specs=P())
+    return jax.eval_shape(mapped, operands)
 
 
-def test_good_arguments_trace(mesh):
-    assert trace(mesh) == spec(4, 640)
+@pytest.mark.parametrize("op", GOOD)
+def test_good_arguments_trace(mesh, op):
+    expected = {"sandwich": (ROW, (ROW, ROW)), "moe_tail": (ROW, ROW)}
+    assert trace(mesh, op) == expected.get(op, ROW)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -149,6 +265,13 @@ def test_rejected(mesh, name):
     arguments, error, message = BAD[name]
     with pytest.raises(error, match=message):
         trace(mesh, **arguments)
+
+
+@pytest.mark.parametrize("name", BAD_OTHERS)
+def test_others_reject(mesh, name):
+    op, arguments, error, message = BAD_OTHERS[name]
+    with pytest.raises(error, match=message):
+        trace(mesh, op, **arguments)
 
 
 def test_traced_eps(mesh):
@@ -193,25 +316,15 @@ def test_vmap_axis_is_not_a_mesh_axis(mesh):
         )
 
 
-def test_varying_residual(mesh):
-    with pytest.raises(ValueError, match=r"residual must be replicated over axis_name.*\['tp'\]"):
-        trace(mesh, residual=spec(8, 640), residual_spec=P("tp"))
+VARYING = [(op, name) for op in GOOD for name in GOOD[op] if name not in PARTIAL_SUMS]
 
 
-@pytest.mark.parametrize("name", ["norm_scale", "layer_scalar"])
-def test_varying_scales(mesh, name):
-    specs = {"norm_scale": P(), "layer_scalar": P()} | {name: P("tp")}
-    shapes = {"norm_scale": (640,), "layer_scalar": (1,)}
-    shapes[name] = (2 * shapes[name][0],)
-
-    def local(x, *others):
-        return jga.fused_post_ff(x[0], *others, axis_name="tp")
-
-    mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(P("tp"), P(), *specs.values()), out_specs=P()
-    )
-    with pytest.raises(ValueError, match=rf"{name} must be replicated over axis_name"):
-        jax.eval_shape(mapped, spec(2, 4, 640), spec(4, 640), *(spec(*s) for s in shapes.values()))
+@pytest.mark.parametrize(("op", "name"), VARYING)
+def test_varying_operand(mesh, op, name):
+    """All but the partial sums must be replicated over the axis."""
+    doubled = {"residual": spec(8, 640), "layer_scalar": spec(2)}.get(name, spec(1280))
+    with pytest.raises(ValueError, match=rf"{name} must be replicated over axis_name.*\['tp'\]"):
+        trace(mesh, op, {name: P("tp")}, **{name: doubled})
 
 
 def test_x_varying_over_one_of_two_axes(cpus):
@@ -225,10 +338,22 @@ def test_x_varying_over_one_of_two_axes(cpus):
         jax.eval_shape(mapped, spec(2, 4, 640), spec(4, 640), spec(640))
 
 
-def test_reduced_x(mesh):
-    """x that is replicated already would be summed N times over."""
-    with pytest.raises(ValueError, match="x must hold partial sums, varying or unreduced"):
-        trace(mesh, x_spec=P())
+SUMS = [(op, name) for op in GOOD for name in GOOD[op] if name in PARTIAL_SUMS]
+
+
+@pytest.mark.parametrize(("op", "name"), SUMS)
+def test_reduced_sum(mesh, op, name):
+    """What is replicated already would be summed N times over."""
+    with pytest.raises(ValueError, match=f"{name} must hold partial sums, varying or unreduced"):
+        trace(mesh, op, {name: P()})
+
+
+@pytest.mark.parametrize(("op", "name"), SUMS)
+def test_unreduced_over_another_axis(cpus, op, name):
+    """Of the axes that a sum is unreduced over, the operation reduces its own alone."""
+    mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4], AxisType.Explicit)
+    with pytest.raises(ValueError, match=rf"{name} must be unreduced .* over \['data'\] too"):
+        trace(mesh, op, {name: P(unreduced={"data", "tp"})})
 
 
 def test_cuda_on_cpu_says_why(mesh):
@@ -280,5 +405,14 @@ def test_down_proj_rejects(mesh, arguments, message):
 
 
 def test_loopback_rejects(built):
-    with pytest.raises(ValueError, match=r"x must be \[N, \*residual.shape\] with N = 2, 4 or 8"):
+    with pytest.raises(
+        ValueError, match=r"must be \[N, \.\.\., D\] each, with N = 2, 4 or 8 ranks"
+    ):
         loopback_post_ff(jnp.ones((3, 4, 640)), jnp.ones((4, 640)), jnp.ones(640))
+    with pytest.raises(
+        ValueError, match=r"residual must have x's shape \(4, 640\), got \(5, 640\)"
+    ):
+        loopback_post_ff(jnp.ones((2, 4, 640)), jnp.ones((5, 640)), jnp.ones(640))
+    sums, scale = (jnp.ones((2, 4, 640)), jnp.ones((4, 4, 640))), jnp.ones(640)
+    with pytest.raises(ValueError, match=r"got the shapes \(2, 4, 640\), \(4, 4, 640\)"):
+        loopback_tail(Operands(sums, (scale,) * 3, jnp.ones((4, 640))))

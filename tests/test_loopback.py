@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, F16, F32, Case, assert_matches, make_inputs, oracle_float64
+from cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
 from profiles import kernels_in
 
 from jax_gemma_arf import lowering, support
-from jax_gemma_arf.loopback import loopback_post_ff
-from jax_gemma_arf.reference import post_ff_tail
+from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
+from jax_gemma_arf.reference import Operands, post_ff_tail, tail
 
 pytestmark = pytest.mark.usefixtures("built", "gpu")
 
@@ -27,6 +27,10 @@ def differ(one, two):
     return jnp.any(cast(one) != cast(two))
 
 
+def operands_of(case: Case, ranks: int) -> Operands:
+    return jax.tree.map(jnp.asarray, Operands(*make_inputs(case, ranks)))
+
+
 @pytest.fixture
 def gpu(require_gpus):
     (device,) = require_gpus(1)
@@ -34,26 +38,28 @@ def gpu(require_gpus):
         yield device
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("tokens", [1, 4096])
-def test_one_launch_a_call(tmp_path, ranks, tokens):
+def test_one_launch_a_call(tmp_path, ranks, tokens, op):
     """The whole call is one kernel a rank, and nothing else runs on the device."""
-    operands = make_inputs(Case((tokens,), 2816), ranks).operands()
-    call = jax.jit(loopback_post_ff)
-    placed = [jnp.asarray(operand) for operand in operands]
-    call(*placed).block_until_ready()
+    case = Case((tokens,), 2816, op=op, next_norms=int(op == "sandwich"))
+    operands = operands_of(case, ranks)
+    call = jax.jit(loopback_tail)
+    jax.block_until_ready(call(operands))
     with jax.profiler.trace(str(tmp_path)):
         for _ in range(3):
-            call(*placed).block_until_ready()
+            jax.block_until_ready(call(operands))
     kernels = kernels_in(tmp_path)
     assert len(kernels) == 3 * ranks, kernels
-    algorithm = support.choose_algorithm(ranks, 2 * tokens * 2816)
+    algorithm = support.choose_algorithm(ranks, case.branches * 2 * tokens * 2816)
     assert all(algorithm.replace("_", "") in name for name in kernels), kernels
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-def test_graph_replay(built, ranks, algorithm):
+@pytest.mark.parametrize(("op", "next_norms"), [("post_ff", 0), ("moe_tail", 1)])
+def test_graph_replay(built, ranks, algorithm, op, next_norms):
     """Hazards 13 and 28: captured once, replayed with other data; Execute neither allocates nor
     synchronises, or the capture would fail, and is not called again."""
     length = 8
@@ -65,35 +71,41 @@ def test_graph_replay(built, ranks, algorithm):
             "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUSTOM_CALL",
         },
     )
-    def chain(x, residual, norm_scale, layer_scalar):
+    def chain(operands):
         for _ in range(length):
-            x = loopback_post_ff(x, residual, norm_scale, layer_scalar, algorithm=algorithm)
-        return x[-1]
+            *_, out = loopback_tail(operands, algorithm=algorithm)
+            operands = operands._replace(partial_sums=(out,) * len(operands.partial_sums))
+        return out[-1]
 
-    def expected(x, residual, norm_scale, layer_scalar):
+    def expected(operands):
         for _ in range(length):
-            summed = x.astype(jnp.float32).sum(0).astype(x.dtype)
-            out = post_ff_tail(summed, residual, norm_scale, layer_scalar)
-            x = jnp.broadcast_to(out, x.shape)
+            sums = operands.partial_sums
+            summed = tuple(x.astype(jnp.float32).sum(0).astype(x.dtype) for x in sums)
+            rows = operands._replace(partial_sums=summed)
+            *_, out = tail(rows, eps=1e-6, scale_offset=0.0)
+            again = (jnp.broadcast_to(out, sums[0].shape),) * len(sums)
+            operands = operands._replace(partial_sums=again)
         return np.asarray(out).astype(np.float32)
 
+    def inputs(seed):
+        return operands_of(Case((5,), 1536, seed=seed, op=op, next_norms=next_norms), ranks)
+
     def run(seed):
-        operands = make_inputs(Case((5,), 1536, seed=seed), ranks).operands()
-        placed = [jnp.asarray(operand) for operand in operands]
+        operands = inputs(seed)
         np.testing.assert_allclose(
-            np.asarray(chain(*placed)).astype(np.float32),
-            expected(*placed),
+            np.asarray(chain(operands)).astype(np.float32),
+            expected(operands),
             rtol=2**-6,
             atol=2**-5,
         )
 
     for seed in range(4):  # eager, captured, updated
         run(seed)
-    operands = [jnp.asarray(a) for a in make_inputs(Case((5,), 1536), ranks).operands()]
-    first = np.asarray(chain(*operands))
+    operands = inputs(0)
+    first = np.asarray(chain(operands))
     before = built.enqueued_launches()
     for _ in range(20):
-        out = np.asarray(chain(*operands))
+        out = np.asarray(chain(operands))
         np.testing.assert_array_equal(out.view(np.uint8), first.view(np.uint8))
     # Captured again only where XLA gave a buffer another address.
     assert built.enqueued_launches() - before <= 5 * ranks * length
@@ -101,34 +113,39 @@ def test_graph_replay(built, ranks, algorithm):
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_alternating_sizes(ranks):
-    """Hazards 5, 6 and 14 to 16: sizes, dtypes and algorithms in random order over the same
-    workspaces; every call must repeat its first result bit for bit."""
+    """Hazards 5, 6 and 14 to 16: sizes, dtypes, operations and algorithms in random order over the
+    same workspaces; every call must repeat its first results bit for bit."""
     rng = np.random.default_rng(ranks)
     calls = []
     for dtype in (BF16, F16, F32):
         for tokens in (1, 3, 32, 131, 256):
             for algorithm in ("one_shot", "two_shot"):
-                case = Case((tokens,), int(rng.choice([640, 2816, 5376])), dtype)
+                op = str(rng.choice(OPS))
+                hidden = int(rng.choice([640, 2816, 5376]))
+                case = Case((tokens,), hidden, dtype, op=op, next_norms=2 * (op == "sandwich"))
                 inputs = make_inputs(case, ranks)
-                placed = [jnp.asarray(operand) for operand in inputs.operands()]
-                call = jax.jit(functools.partial(loopback_post_ff, algorithm=algorithm))
-                first = call(*placed)
-                expected = oracle_float64(case, inputs)
-                assert_matches(case, inputs, np.asarray(first)[0], expected, exact_sum=True)
-                calls.append((functools.partial(call, *placed), first))
+                call = jax.jit(functools.partial(loopback_tail, algorithm=algorithm))
+                call = functools.partial(call, operands_of(case, ranks))
+                first = call()
+                outputs = [np.asarray(out)[0] for out in first]
+                assert_matches(case, inputs, outputs, exact_sum=True)
+                calls.append((call, first))
     picked = [calls[i] for i in rng.integers(len(calls), size=600)]
-    wrong = [differ(call(), first) for call, first in picked]
+    wrong = [differ(*pair) for call, first in picked for pair in zip(call(), first)]
     assert not np.any(jax.device_get(wrong))
 
 
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
 @pytest.mark.parametrize("max_ctas", [8, 16, 100])
-def test_max_ctas(algorithm, max_ctas):
-    """Few blocks walk over many tokens; the result does not change."""
-    operands = [jnp.asarray(a) for a in make_inputs(Case((200,), 2816), 2).operands()]
-    call = functools.partial(loopback_post_ff, *operands, algorithm=algorithm)
-    want, got = np.asarray(call()), np.asarray(call(max_ctas=max_ctas))
-    np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
+@pytest.mark.parametrize("op", OPS)
+def test_max_ctas(algorithm, max_ctas, op):
+    """Few blocks walk over many tokens; the results do not change."""
+    operands = operands_of(Case((200,), 2816, op=op, next_norms=int(op == "sandwich")), 2)
+    call = functools.partial(loopback_tail, operands, algorithm=algorithm)
+    for want, got in zip(call(), call(max_ctas=max_ctas)):
+        np.testing.assert_array_equal(
+            np.asarray(got).view(np.uint8), np.asarray(want).view(np.uint8)
+        )
 
 
 def test_slow_producer():
@@ -181,8 +198,8 @@ def test_above_the_cap():
     x = jnp.zeros((2, tokens, 5376), jnp.bfloat16)
     with pytest.raises(jax.errors.JaxRuntimeError, match="at most 268435456 bytes a rank, got"):
         jax.jit(loopback_post_ff)(x, x[0], jnp.ones(5376, jnp.bfloat16)).block_until_ready()
-    operands = [jnp.asarray(a) for a in make_inputs(Case(), 2).operands()]
-    assert np.isfinite(np.asarray(loopback_post_ff(*operands)).astype(np.float32)).all()
+    (out,) = loopback_tail(operands_of(Case(), 2))
+    assert np.isfinite(np.asarray(out).astype(np.float32)).all()
 
 
 def test_persistent_compilation_cache(tmp_path):
@@ -212,7 +229,10 @@ def test_persistent_compilation_cache(tmp_path):
     assert list(tmp_path.glob("jit_loopback_post_ff*"))
 
 
-GOOD_ATTRIBUTES = lowering.ffi_attributes("one_shot", np.arange(2)[None], 1e-6, 0.0)
+GOOD_OPERANDS = Operands(*make_inputs(Case(), 2))
+GOOD_ATTRIBUTES = lowering.ffi_attributes(
+    GOOD_OPERANDS, "one_shot", np.arange(2)[None], 1e-6, 0.0
+) | {"absent_rank": np.int64(-1)}
 
 
 @pytest.mark.parametrize(
@@ -223,16 +243,22 @@ GOOD_ATTRIBUTES = lowering.ffi_attributes("one_shot", np.arange(2)[None], 1e-6, 
         ({"replica_groups": np.arange(3)}, "whole groups of 2, got 3 ids"),
         ({"eps": np.float32(-1)}, "eps must be positive"),
         ({"max_ctas": np.int64(4)}, "max_ctas must be 0 or from 8 to 256, got 4"),
+        ({"branches": np.int64(3)}, "branches must be 1 or 2, got 3"),
+        ({"next_norms": np.int64(4)}, "next_norms must be from 0 to 3, got 4"),
+        ({"absent_rank": np.int64(2)}, "absent_rank must be -1 or from 0 to 1, got 2"),
+        ({"has_layer_scalar": False}, "expected 3 operands, got 4"),
+        ({"next_norms": np.int64(1)}, "expected 5 operands, got 4"),
         ({"eps": None}, "number of attributes"),
     ],
 )
 def test_bad_attributes(attributes, message):
     """Each handler checks what it is given: an error, never a crash."""
     attributes = {k: v for k, v in (GOOD_ATTRIBUTES | attributes).items() if v is not None}
-    operands = make_inputs(Case(), 2).operands()
+    operands = jax.tree.leaves(GOOD_OPERANDS)
     result = jax.ShapeDtypeStruct(operands[0].shape, BF16)
+    call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, result)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, result)(*operands, **attributes)
+        jax.block_until_ready(call(*map(jnp.asarray, operands), **attributes))
 
 
 @pytest.mark.parametrize(
@@ -240,13 +266,13 @@ def test_bad_attributes(attributes, message):
     [
         ({0: np.ones((2, 3, 100), BF16)}, "multiple of 64 from 256 to 16384, got 100"),
         ({0: np.ones((2, 3, 640), np.int8)}, "x must be bfloat16, float16 or float32"),
-        ({1: np.ones((2, 640), BF16)}, "residual must have 1920 elements, got 1280"),
-        ({2: np.ones(639, BF16)}, "norm_scale must have 640 elements, got 639"),
+        ({1: np.ones(639, BF16)}, "norm_scale must have 640 elements, got 639"),
+        ({2: np.ones((2, 640), BF16)}, "residual must have 1920 elements, got 1280"),
         ({3: np.ones(2, BF16)}, "layer_scalar must have 1 elements, got 2"),
     ],
 )
 def test_bad_operands(change, message):
-    operands = make_inputs(Case(), 2).operands()
+    operands = jax.tree.leaves(GOOD_OPERANDS)
     for index, operand in change.items():
         operands[index] = operand
     result = jax.ShapeDtypeStruct((2, 3, 640), BF16)

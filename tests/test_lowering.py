@@ -7,37 +7,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import BF16, OPS, Case, Inputs, make_inputs
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
+from runners import call_op, in_specs, make_mesh, one_rank
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import lowering
-from jax_gemma_arf.loopback import loopback_post_ff
+from jax_gemma_arf import lowering, support
+from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
+from jax_gemma_arf.reference import Operands
 
 pytestmark = pytest.mark.usefixtures("built")
 
 
-def lowered(mesh, *, shape=(4, 5376), manual=None, axis_name="tp", **options) -> str:
+def lowered(
+    mesh, op="post_ff", *, shape=(4, 5376), next_norms=None, manual=None, axis_name="tp", **options
+) -> str:
     """StableHLO for CUDA of one call, as text."""
-    specs = (P(axis_name), P(), P(), P())
+    if next_norms is None:
+        next_norms = int(op == "sandwich")
+    *leading, hidden = shape
+    case = Case(tuple(leading), hidden, BF16, op=op, next_norms=next_norms)
+    specs = in_specs(case, P(axis_name))
+    row, scale = tuple(shape), (hidden,)
+    shapes = Inputs(
+        partial_sums=((mesh.shape[axis_name], *row),) * case.branches,
+        norm_scales=(scale,) * (2 * case.branches - 1),
+        residual=row if case.has_residual else None,
+        layer_scalar=() if case.has_layer_scalar else None,
+        next_norm_scales=(scale,) * next_norms,
+    )
+    operands = jax.tree.map(
+        lambda spec, shape: jax.ShapeDtypeStruct(
+            shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec)
+        ),
+        specs,
+        shapes,
+    )
 
-    def local(x, *others):
-        return jga.fused_post_ff(x[0], *others, axis_name=axis_name, **options)
+    def local(inputs):
+        return call_op(case, one_rank(inputs), axis_name=axis_name, **options)
 
     call = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=specs,
+        in_specs=(specs,),
         out_specs=P(),
         **({} if manual is None else {"axis_names": manual}),
     )
-    ranks = mesh.shape[axis_name]
-    operands = [
-        jax.ShapeDtypeStruct(operand, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
-        for operand, spec in zip(((ranks, *shape), shape, shape[-1:], ()), specs)
-    ]
-    return jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(call).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def counts(text: str) -> tuple[int, int]:
@@ -47,11 +65,12 @@ def counts(text: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_one_call_and_no_all_reduce(cpus, ranks, axis_type):
+@pytest.mark.parametrize("op", OPS)
+def test_one_call_and_no_all_reduce(cpus, op, ranks, axis_type):
     mesh = make_mesh((ranks,), ("tp",), cpus[:ranks], axis_type)
-    assert counts(lowered(mesh, implementation="cuda")) == (1, 0)
-    assert counts(lowered(mesh)) == (1, 0)
-    assert counts(lowered(mesh, implementation="xla")) == (0, 1)
+    assert counts(lowered(mesh, op, implementation="cuda")) == (1, 0)
+    assert counts(lowered(mesh, op)) == (1, 0)
+    assert counts(lowered(mesh, op, implementation="xla")) == (0, 2 if op == "moe_tail" else 1)
 
 
 def test_psum_is_in_the_dtype_of_x(mesh):
@@ -97,6 +116,53 @@ def test_attributes(cpus, shape, axes, groups):
     assert "scale_offset = 1.000000e+00 : f32" in config
     assert f"replica_groups = dense<{groups}>" in config
     assert "eps = 9.99999974E-6 : f32" in config
+
+
+@pytest.mark.parametrize(
+    ("op", "next_norms", "attributes", "operands"),
+    [
+        ("post_ff", 0, (1, "true", "true", 0), ["x", "d", "x", "1"]),
+        ("sandwich", 3, (1, "true", "true", 3), ["x", "d", "x", "1", "d", "d", "d"]),
+        ("all_reduce_norm", 0, (1, "false", "false", 0), ["x", "d"]),
+        ("moe_tail", 1, (2, "true", "true", 1), ["x", "x", "d", "d", "d", "x", "1", "d"]),
+    ],
+)
+def test_tail_attributes(mesh, op, next_norms, attributes, operands):
+    """Which tail it is, and the order of what it reads and writes, as ffi/handler.cc has it."""
+    text = lowered(mesh, op, next_norms=next_norms)
+    config = re.search(r"backend_config = \{(.*?)\}", text).group(1)
+    names = ("branches", "has_residual", "has_layer_scalar", "next_norms")
+    for name, value in zip(names, attributes):
+        assert re.search(rf"\b{name} = {value}\b", config), config
+    types = {"x": "4x5376xbf16", "d": "5376xbf16", "1": "bf16"}
+    row = "tensor<4x5376xbf16>"
+    results = row if next_norms == 0 else f"({', '.join([row] * (1 + next_norms))})"
+    signature = f"({', '.join(f'tensor<{types[name]}>' for name in operands)}) -> {results}"
+    (call,) = [line for line in text.splitlines() if f"@{lowering.MESH_TARGET}(" in line]
+    assert call.endswith(signature)
+
+
+def test_branches_count_alike(mesh):
+    """Two branches are one message: the rule sees the bytes of both."""
+    tokens = support.ONE_SHOT_MAX_BYTES[2] // (2 * 5376)
+    options = {"shape": (tokens, 5376), "implementation": "cuda"}
+    assert 'algorithm = "one_shot"' in lowered(mesh, **options)
+    assert 'algorithm = "two_shot"' in lowered(mesh, "moe_tail", **options)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_loopback_tail(op):
+    """One call for all ranks, that takes what the mesh's takes."""
+    case = Case((3,), 640, BF16, op=op, next_norms=int(op == "sandwich"))
+    call = functools.partial(loopback_tail, max_ctas=16, absent_rank=1)
+    operands = jax.tree.map(jnp.asarray, Operands(*make_inputs(case, 4)))
+    traced = jax.jit(call).trace(operands)
+    shapes = {(out.shape, out.dtype.name) for out in traced.out_info}
+    assert shapes == {((4, 3, 640), "bfloat16")}
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(f"@{lowering.LOOPBACK_TARGET}") == 1
+    for attribute in (f"branches = {case.branches}", "max_ctas = 16", "absent_rank = 1"):
+        assert attribute in text
 
 
 def test_loopback_attributes():
@@ -182,15 +248,17 @@ def test_switch(mesh, monkeypatch):
     assert counts(lowered(mesh)) == (0, 1)
 
 
-def test_vmap_is_one_call(mesh):
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_is_one_call(mesh, op):
+    case = Case((3, 4), 640, op=op, next_norms=int(op == "sandwich"))
 
-    def local(x, residual, norm_scale):
-        call = functools.partial(jga.fused_post_ff, axis_name="tp", implementation="cuda")
-        return jax.vmap(call, (0, 0, None))(x[0], residual, norm_scale)
+    def local(inputs):
+        axes = Inputs(0, None, 0 if case.has_residual else None, None, None)
+        call = functools.partial(call_op, case, axis_name="tp", implementation="cuda")
+        return jax.vmap(call, (axes,))(one_rank(inputs))
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P())
-    operands = np.ones((2, 3, 4, 640), np.float32), np.ones((3, 4, 640), np.float32)
-    traced = jax.jit(mapped).trace(*operands, np.ones(640, np.float32))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(in_specs(case),), out_specs=P())
+    traced = jax.jit(mapped).trace(make_inputs(case, 2))
     assert counts(traced.lower(lowering_platforms=("cuda",)).as_text()) == (1, 0)
 
 

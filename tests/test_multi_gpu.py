@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, F16, F32, Case, assert_matches, make_inputs, oracle_float64
+from cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
 from jax.sharding import PartitionSpec as P
 from profiles import kernels_in
-from runners import make_mesh
+from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
-import jax_gemma_arf as jga
 from jax_gemma_arf import lowering, support
+from jax_gemma_arf.reference import Operands
 
 pytestmark = pytest.mark.usefixtures("built")
-SPECS = (P("tp"), P(), P(), P())
 
 
 @pytest.fixture(params=[2, 4, 8])
@@ -26,35 +25,47 @@ def tp(request, require_gpus):
     return make_mesh((request.param,), ("tp",), require_gpus(request.param))
 
 
-def place(mesh, case):
-    operands = make_inputs(case, mesh.size).operands()
-    return [jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(operands, SPECS)]
+def inputs_on(mesh, case):
+    return place(mesh, make_inputs(case, mesh.size), in_specs(case))
 
 
-def chain(mesh, length, **options):
-    """Each link's partial sums are the last link's output, on every rank."""
+def kernel(case, mesh):
+    """The case's kernel: what each rank holds of hidden and the next norms."""
+    call = mesh_call(case, mesh, out_specs=P("tp"), every_rank=True, implementation="cuda")
+    return jax.jit(call)
 
-    def local(x, *others):
-        x = x[0]
+
+def chain(case, mesh, length):
+    """Each link's partial sums are the last link's last output, on every rank."""
+
+    def local(inputs):
+        inputs = one_rank(inputs)
         for _ in range(length):
-            out = jga.fused_post_ff(x, *others, axis_name="tp", implementation="cuda", **options)
+            *_, out = call_op(case, inputs, axis_name="tp", implementation="cuda")
             x = jax.lax.pcast(out, "tp", to="varying")
+            inputs = inputs._replace(partial_sums=(x,) * case.branches)
         return x[None]
 
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=SPECS, out_specs=P("tp")))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(in_specs(case),), out_specs=P("tp"))
+    return jax.jit(mapped)
 
 
-def test_graph_replay(tp, built):
+def check(case, mesh, outputs) -> None:
+    first = [np.asarray(out)[0] for out in outputs]
+    assert_matches(case, make_inputs(case, mesh.size), first, exact_sum=True)
+
+
+@pytest.mark.parametrize(("op", "next_norms"), [("post_ff", 0), ("moe_tail", 1)])
+def test_graph_replay(tp, built, op, next_norms):
     """Captured by XLA by default, replayed without another call of Execute."""
-    call, operands = chain(tp, 20), place(tp, Case((16,), 2560))
-    first = np.asarray(call(*operands))
+    case = Case((16,), 2560, op=op, next_norms=next_norms)
+    call, inputs = chain(case, tp, 20), inputs_on(tp, case)
+    first = np.asarray(call(inputs))
     for _ in range(4):
-        call(*operands).block_until_ready()
+        call(inputs).block_until_ready()
     before = built.enqueued_launches()
     for _ in range(20):
-        np.testing.assert_array_equal(
-            np.asarray(call(*operands)).view(np.uint8), first.view(np.uint8)
-        )
+        np.testing.assert_array_equal(np.asarray(call(inputs)).view(np.uint8), first.view(np.uint8))
     assert built.enqueued_launches() - before <= 5 * 20 * tp.size
 
 
@@ -64,18 +75,16 @@ def test_alternating_sizes(tp):
     calls = []
     for dtype in (BF16, F16, F32):
         for tokens in (1, 3, 32, 131, 2048):
-            case = Case((tokens,), int(rng.choice([640, 2816, 5376])), dtype)
-            call, operands = chain(tp, 1), place(tp, case)
-            first = call(*operands)
-            inputs = make_inputs(case, tp.size)
-            expected = oracle_float64(case, inputs)
-            assert_matches(case, inputs, np.asarray(first)[0], expected, exact_sum=True)
-            calls.append((functools.partial(call, *operands), first))
+            op = str(rng.choice(OPS))
+            hidden = int(rng.choice([640, 2816, 5376]))
+            case = Case((tokens,), hidden, dtype, op=op, next_norms=2 * (op == "sandwich"))
+            call = functools.partial(kernel(case, tp), inputs_on(tp, case))
+            first = call()
+            check(case, tp, first)
+            calls.append((call, first))
     differs = jax.jit(lambda one, two: jnp.any(one != two))
-    wrong = [
-        differs(call(), first)
-        for call, first in (calls[i] for i in rng.integers(len(calls), size=400))
-    ]
+    picked = [calls[i] for i in rng.integers(len(calls), size=400)]
+    wrong = [differs(*pair) for call, first in picked for pair in zip(call(), first)]
     assert not np.any(jax.device_get(wrong))
 
 
@@ -83,12 +92,14 @@ def test_error_reaches_every_rank(tp):
     """Hazard 15: a message above the cap fails in Initialize on all ranks, without a hang,
     and the next call works."""
     groups = support.replica_groups(tp, ("tp",))
-    attributes = lowering.ffi_attributes("two_shot", groups, 1e-6, 0.0)
     tokens = support.MAX_MESSAGE_BYTES // (2 * 5376) + 1
     result = jax.ShapeDtypeStruct((tokens, 5376), BF16)
 
     def local(x, norm_scale):
-        return jax.ffi.ffi_call(lowering.MESH_TARGET, result)(x, x, norm_scale, **attributes)
+        operands = Operands((x,), (norm_scale,), residual=x)
+        attributes = lowering.ffi_attributes(operands, "two_shot", groups, 1e-6, 0.0)
+        call = jax.ffi.ffi_call(lowering.MESH_TARGET, result)
+        return call(*jax.tree.leaves(operands), **attributes)
 
     mapped = jax.shard_map(local, mesh=tp, in_specs=(P(), P()), out_specs=P(), check_vma=False)
     replicated = jax.NamedSharding(tp, P())
@@ -98,18 +109,18 @@ def test_error_reaches_every_rank(tp):
         jax.block_until_ready(jax.jit(mapped)(x, norm_scale))
 
     case = Case((3,), 640)
-    inputs = make_inputs(case, tp.size)
-    out = np.asarray(chain(tp, 1)(*place(tp, case)))[0]
-    assert_matches(case, inputs, out, oracle_float64(case, inputs), exact_sum=True)
+    check(case, tp, kernel(case, tp)(inputs_on(tp, case)))
 
 
-def test_one_launch_a_call(tp, tmp_path):
+@pytest.mark.parametrize("op", OPS)
+def test_one_launch_a_call(tp, tmp_path, op):
     """The profile of a call holds one kernel a device, and no other collective."""
-    call, operands = chain(tp, 1), place(tp, Case((16,), 5376))
-    call(*operands).block_until_ready()
+    case = Case((16,), 5376, op=op, next_norms=int(op == "sandwich"))
+    call = functools.partial(kernel(case, tp), inputs_on(tp, case))
+    jax.block_until_ready(call())
     with jax.profiler.trace(str(tmp_path)):
         for _ in range(3):
-            call(*operands).block_until_ready()
+            jax.block_until_ready(call())
     kernels = kernels_in(tmp_path)
     assert len(kernels) == 3 * tp.size, kernels
     assert all("oneshot" in name for name in kernels), kernels

@@ -65,6 +65,7 @@ def test_accepts(nvlinked):
         ({"shape": (1, 1000)}, "D must be a multiple of 64.*got 1000"),
         ({"shape": (1, 32768)}, "D must be a multiple of 64.*got 32768"),
         ({"shape": (30000, 5376)}, "above the workspace cap.*at most 24966 tokens"),
+        ({"shape": (13000, 5376), "branches": 2}, "at most 12483 tokens"),
         ({"manual_axes": frozenset({"tp"})}, r"mesh axes \['data'\] are not manual"),
         ({"client": FakeClient(capabilities=("8.0", "9.0"))}, "compute capability.*got 8.0, 9.0"),
         ({"client": FakeClient(kinds=("H100", "H200"))}, "devices must be alike, got H100, H200"),
@@ -84,6 +85,21 @@ def test_caps_are_inclusive(nvlinked):
     assert decide((limit // 1280, 640), forced=True).ok
     assert not decide((limit // 1280 + 1, 640), forced=True).ok
     assert decide((support.PSUM_ABOVE_BYTES // 1280, 640)).ok
+
+
+def test_branches_count_alike(nvlinked):
+    """Two branches of half the tokens are as many bytes, with what follows from that."""
+    for limit, forced in ((support.MAX_MESSAGE_BYTES, True), (support.PSUM_ABOVE_BYTES, False)):
+        tokens = limit // 2560
+        assert decide((tokens, 640), branches=2, forced=forced).ok
+        assert not decide((tokens + 1, 640), branches=2, forced=forced).ok
+        assert decide((tokens + 1, 640), forced=forced).ok
+
+
+@pytest.mark.parametrize("branches", [0, 3, "2"])
+def test_unknown_branches(branches):
+    with pytest.raises(ValueError, match="branches must be 1 or 2, got"):
+        fusion_support((1, 640), jnp.bfloat16, mesh=ABSTRACT, axis_name="tp", branches=branches)
 
 
 def test_large_messages_are_left_to_psum(nvlinked):

@@ -1,6 +1,8 @@
-"""fused_post_ff under JAX's transformations and on every kind of mesh, against the float64 oracle
-or the unsharded computation. Everything runs on a CPU mesh and, where there are GPUs, on theirs."""
+"""The fused operations under JAX's transformations and on every kind of mesh, against the float64
+oracle or the unsharded computation. Everything runs on a CPU mesh and, where there are GPUs, on
+theirs."""
 
+import dataclasses
 import functools
 import logging
 
@@ -8,16 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, F32, Case, assert_matches, make_inputs, oracle_float64
+from cases import BF16, F32, OPS, Case, assert_matches, compose, make_inputs
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
+from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import lowering
 from jax_gemma_arf.reference import post_ff_tail
 
-CASE = Case((8,), 640, F32)
+NEXT_NORMS = {"sandwich": 1, "moe_tail": 2}
+CASES = {op: Case((8,), 640, F32, op=op, next_norms=NEXT_NORMS.get(op, 0)) for op in OPS}
+
+axis_types = pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+)
 
 
 @pytest.fixture(params=["cpu", "multi_gpu"])
@@ -30,6 +37,11 @@ def devices(request, cpus, require_gpus):
     return found[: 2 ** int(np.log2(min(len(found), 8)))]
 
 
+@pytest.fixture(params=OPS)
+def case(request):
+    return CASES[request.param]
+
+
 def tp_mesh(devices, axis_type=AxisType.Auto):
     return make_mesh((len(devices),), ("tp",), devices, axis_type)
 
@@ -38,79 +50,76 @@ def put(mesh, arrays, specs):
     return [jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(arrays, specs)]
 
 
-def tail(mesh, axis_name="tp", **options):
-    """fused_post_ff; on GPUs the kernel or an error, so that no fallback passes unnoticed."""
-    implementation = "cuda" if on_gpus(mesh) else None
-    return functools.partial(
-        jga.fused_post_ff, axis_name=axis_name, **({"implementation": implementation} | options)
-    )
-
-
 def on_gpus(mesh) -> bool:
     return mesh.devices.flat[0].platform == "gpu"
 
 
-def tp_call(mesh, *, check_vma=True, **options):
-    """[N, ..., D] partial sums and replicated others -> [..., D]."""
-
-    def local(x, residual, norm_scale, layer_scalar):
-        return tail(mesh, **options)(x[0], residual, norm_scale, layer_scalar)
-
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(P("tp"), P(), P(), P()), out_specs=P(), check_vma=check_vma
-    )
+def kernel_on_gpus(mesh) -> str | None:
+    """On GPUs the kernel or an error, so that no fallback passes unnoticed."""
+    return "cuda" if on_gpus(mesh) else None
 
 
-def unsharded(x, residual, norm_scale, layer_scalar, **options):
-    return post_ff_tail(x.sum(0), residual, norm_scale, layer_scalar, **options)
+def tp_call(case, mesh, **options):
+    """The case's operation: Inputs with all ranks' sums -> hidden and the next norms."""
+    return mesh_call(case, mesh, **{"implementation": kernel_on_gpus(mesh)} | options)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def check(case, mesh, inputs, outputs) -> None:
+    assert_matches(case, inputs, map(np.asarray, outputs), exact_sum=on_gpus(mesh))
+
+
+def norm(case, row, norm_scale):
+    inverse_rms = jax.lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + case.eps)
+    return row * inverse_rms * (case.scale_offset + norm_scale)
+
+
+def unsharded(case, inputs):
+    """hidden and the next norms on one device, float32 throughout."""
+    hidden = compose(case, inputs, [x.sum(0) for x in inputs.partial_sums], norm)
+    return hidden, *(norm(case, hidden, scale) for scale in inputs.next_norm_scales)
+
+
+def assert_close(got, want, tolerance=1e-4) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+@axis_types
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-def test_call(devices, axis_type, check_vma, jit):
+def test_call(devices, case, axis_type, check_vma, jit):
     mesh = tp_mesh(devices, axis_type)
-    inputs = make_inputs(CASE, len(devices))
-    call = tp_call(mesh, check_vma=check_vma)
-    out = (jax.jit(call) if jit else call)(*put(mesh, inputs.operands(), (P("tp"), P(), P(), P())))
-    expected = oracle_float64(CASE, inputs)
-    assert_matches(CASE, inputs, np.asarray(out), expected, exact_sum=on_gpus(mesh))
+    inputs = make_inputs(case, len(devices))
+    call = tp_call(case, mesh, check_vma=check_vma)
+    outputs = (jax.jit(call) if jit else call)(place(mesh, inputs, in_specs(case)))
+    check(case, mesh, inputs, outputs)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@axis_types
 @pytest.mark.parametrize("order", [("data", "tp"), ("tp", "data")], ids="x".join)
-def test_2d_mesh(devices, order, axis_type):
+def test_2d_mesh(devices, case, order, axis_type):
     """Hazards 7, 8 and 25: each data shard is reduced over its own tp group and over no other."""
     if len(devices) < 4:
         pytest.skip(f"needs 4 GPUs, found {len(devices)}")
     tp = len(devices) // 2
     sizes = {"data": 2, "tp": tp}
     mesh = make_mesh(tuple(sizes[name] for name in order), order, devices, axis_type)
-    inputs = make_inputs(CASE, tp)
-    specs = (P("tp", "data"), P("data"), P(), P())
-
-    def local(x, residual, norm_scale, layer_scalar):
-        return tail(mesh)(x[0], residual, norm_scale, layer_scalar)
-
-    call = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data")))
-    out = np.asarray(call(*put(mesh, inputs.operands(), specs)))
-    assert_matches(CASE, inputs, out, oracle_float64(CASE, inputs), exact_sum=on_gpus(mesh))
+    inputs = make_inputs(case, tp)
+    specs = in_specs(case, P("tp", "data"), P("data"))
+    call = tp_call(case, mesh, specs=specs, out_specs=P("data"))
+    check(case, mesh, inputs, jax.jit(call)(place(mesh, inputs, specs)))
 
 
-def test_several_axes(devices):
+def test_several_axes(devices, case):
     """axis_name may be a tuple: the group is their product."""
     if len(devices) < 4:
         pytest.skip(f"needs 4 GPUs, found {len(devices)}")
     mesh = make_mesh((2, len(devices) // 2), ("a", "b"), devices)
-    inputs = make_inputs(CASE, len(devices))
-    specs = (P(("a", "b")), P(), P(), P())
-
-    def local(x, *others):
-        return tail(mesh, ("a", "b"))(x[0], *others)
-
-    call = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))
-    out = np.asarray(call(*put(mesh, inputs.operands(), specs)))
-    assert_matches(CASE, inputs, out, oracle_float64(CASE, inputs), exact_sum=on_gpus(mesh))
+    inputs = make_inputs(case, len(devices))
+    specs = in_specs(case, P(("a", "b")))
+    call = tp_call(case, mesh, specs=specs, axis_name=("a", "b"))
+    check(case, mesh, inputs, jax.jit(call)(place(mesh, inputs, specs)))
 
 
 def test_unreduced_operand(cpus):
@@ -144,177 +153,227 @@ def test_unreduced_operand(cpus):
     np.testing.assert_allclose(np.asarray(call(*placed)), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@axis_types
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_grad(devices, axis_type, check_vma):
-    """All four gradients, against the unsharded computation; remat must not change them."""
+def test_grad(devices, case, axis_type, check_vma):
+    """All gradients, through all outputs, against the unsharded computation; remat must not change
+    them."""
+    case = dataclasses.replace(case, eps=0.1, scale_offset=1.0)
     mesh = tp_mesh(devices, axis_type)
-    operands = make_inputs(CASE, len(devices)).operands()
-    placed = put(mesh, operands, (P("tp"), P(), P(), P()))
-    options = {"eps": 0.1, "scale_offset": 1.0}
-    call = tp_call(mesh, check_vma=check_vma, **options)
+    inputs = make_inputs(case, len(devices))
+    call = tp_call(case, mesh, check_vma=check_vma)
 
-    def loss(function, *operands):
-        return jnp.sum(jnp.sin(function(*operands)))
+    def loss(function, inputs):
+        return sum(jnp.sum(jnp.sin((1 + i) * out)) for i, out in enumerate(function(inputs)))
 
-    argnums = (1, 2, 3, 4)
-    got = jax.jit(jax.grad(loss, argnums), static_argnums=0)(call, *placed)
-    remat = jax.jit(jax.grad(loss, argnums), static_argnums=0)(jax.checkpoint(call), *placed)
-    exact = functools.partial(unsharded, **options)
-    want = jax.grad(loss, argnums)(exact, *map(jnp.asarray, operands))
-    for one, two, three in zip(got, remat, want):
-        np.testing.assert_allclose(one, three, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(two, three, rtol=1e-4, atol=1e-4)
+    gradients = jax.jit(jax.grad(loss, 1), static_argnums=0)
+    placed = place(mesh, inputs, in_specs(case))
+    want = jax.grad(loss, 1)(functools.partial(unsharded, case), jax.tree.map(jnp.asarray, inputs))
+    assert_close(gradients(call, placed), want)
+    assert_close(gradients(jax.checkpoint(call), placed), want)
 
 
-@pytest.mark.parametrize("residual_spec", [P("data"), P()], ids=str)
-def test_types(cpus, residual_spec):
-    """What the result varies over, and that gradients of operands that do not vary are summed."""
+@pytest.mark.parametrize("rows", [P("data"), P()], ids=["sharded", "replicated"])
+def test_types(cpus, case, rows):
+    """What the results vary over, and that gradients of operands that do not vary are summed."""
     mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4])
-    sharded = residual_spec == P("data")
-    x, norm_scale = np.ones((2, 4, 640), F32), np.full(640, 0.5, F32)
-    residual = np.ones((4 if sharded else 2, 640), F32)
+    inputs = make_inputs(case, 2)
+    if case.has_residual and rows == P():
+        inputs = inputs._replace(residual=inputs.residual[:4])
 
-    def local(x, residual, norm_scale):
-        def loss(residual, norm_scale):
-            out = jga.fused_post_ff(x[0], residual, norm_scale, axis_name="tp")
-            assert jax.typeof(out).manual_axis_type.varying == {"data"}
-            assert not jax.typeof(out).weak_type
-            return jax.lax.psum(jnp.sum(out * out), "data")
+    def local(inputs):
+        def loss(others):
+            outputs = call_op(case, one_rank(inputs)._replace(**others), axis_name="tp")
+            for out in outputs:
+                assert jax.typeof(out).manual_axis_type.varying == {"data"}
+                assert not jax.typeof(out).weak_type
+            return jax.lax.psum(sum(jnp.sum(out * out) for out in outputs), "data")
 
-        return jax.grad(loss, (0, 1))(residual, norm_scale)
+        return jax.grad(loss)(without_sums(inputs))
 
-    def unsharded_loss(residual, norm_scale):
-        full = residual if sharded else jnp.concatenate([residual] * 2)
-        out = post_ff_tail(jnp.asarray(x.sum(0)), full, norm_scale)
-        return jnp.sum(out * out)
+    def without_sums(inputs):
+        return {name: a for name, a in inputs._asdict().items() if name != "partial_sums"}
 
-    specs = (P("tp", "data"), residual_spec, P())
-    call = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(residual_spec, P()))
-    got = jax.jit(call)(x, residual, norm_scale)
-    want = jax.grad(unsharded_loss, (0, 1))(jnp.asarray(residual), jnp.asarray(norm_scale))
-    for one, two in zip(got, want):
-        np.testing.assert_allclose(one, two, rtol=1e-5)
+    def unsharded_loss(others):
+        full = others["residual"]
+        if case.has_residual and rows == P():
+            full = jnp.concatenate([full, full])
+        outputs = unsharded(case, inputs._replace(**others | {"residual": full}))
+        return sum(jnp.sum(out * out) for out in outputs)
+
+    specs = in_specs(case, P("tp", "data"), rows)
+    call = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=without_sums(specs))
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    want = jax.grad(unsharded_loss)(without_sums(inputs))
+    assert_close(jax.jit(call)(inputs), want)
 
 
 def test_python_scalar_under_x64(mesh):
-    operands = make_inputs(CASE, 2).operands()[:3]
+    case = CASES["post_ff"]
+    inputs = make_inputs(case, 2)
+    specs = in_specs(dataclasses.replace(case, layer_scalar=None))
 
-    def local(x, *others):
-        return jga.fused_post_ff(x[0], *others, 0.5, axis_name="tp")
+    def local(inputs):
+        return call_op(case, one_rank(inputs._replace(layer_scalar=0.5)), axis_name="tp")
 
-    call = jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P())
+    call = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())
     with jax.enable_x64(True):
-        out = jax.jit(call)(*operands)
-    want = unsharded(*map(jnp.asarray, operands), jnp.float32(0.5))
-    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
-    assert out.dtype == F32
+        outputs = jax.jit(call)(inputs._replace(layer_scalar=None))
+    inputs = inputs._replace(layer_scalar=np.float32(0.5).reshape(()))
+    assert_matches(case, inputs, map(np.asarray, outputs), exact_sum=True)
 
 
-def test_scan_and_while(devices):
-    """A decode loop: each step's residual is the last step's output."""
+@pytest.mark.parametrize("op", ["post_ff", "sandwich", "moe_tail"])
+def test_scan_and_while(devices, op):
+    """A decode loop: each step's residual is the last step's hidden."""
+    case = CASES[op]
     mesh = tp_mesh(devices)
-    inputs = make_inputs(CASE, len(devices))
-    placed = put(mesh, inputs.operands(), (P("tp"), P(), P(), P()))
+    inputs = make_inputs(case, len(devices))
     steps = 5
 
-    def scanned(x, residual, *scales):
-        def step(hidden, _):
-            return tail(mesh)(x[0], hidden, *scales), None
+    def one_step(inputs):
+        options = {"axis_name": "tp", "implementation": kernel_on_gpus(mesh)}
+        return inputs._replace(residual=call_op(case, inputs, **options)[0])
 
-        return jax.lax.scan(step, residual, length=steps)[0]
+    def scanned(inputs):
+        def step(state, _):
+            return one_step(state), None
 
-    def looped(x, residual, *scales):
+        return jax.lax.scan(step, one_rank(inputs), length=steps)[0].residual
+
+    def looped(inputs):
         def step(state):
-            return state[0] + 1, tail(mesh)(x[0], state[1], *scales)
+            return state[0] + 1, one_step(state[1])
 
-        return jax.lax.while_loop(lambda state: state[0] < steps, step, (0, residual))[1]
+        init = (0, one_rank(inputs))
+        return jax.lax.while_loop(lambda state: state[0] < steps, step, init)[1].residual
 
-    x, residual, norm_scale, layer_scalar = map(jnp.asarray, inputs.operands())
+    want = jax.tree.map(jnp.asarray, inputs)
     for _ in range(steps):
-        residual = unsharded(x, residual, norm_scale, layer_scalar)
+        want = want._replace(residual=unsharded(case, want)[0])
     for body in (scanned, looped):
-        call = jax.shard_map(body, mesh=mesh, in_specs=(P("tp"), P(), P(), P()), out_specs=P())
-        np.testing.assert_allclose(jax.jit(call)(*placed), residual, rtol=1e-4, atol=1e-4)
+        call = jax.shard_map(body, mesh=mesh, in_specs=(in_specs(case),), out_specs=P())
+        assert_close(jax.jit(call)(place(mesh, inputs, in_specs(case))), want.residual)
 
 
-@pytest.mark.parametrize(
-    "batched",
-    ["x", "residual", "both", "norm_scale", "layer_scalar"],
-)
-def test_vmap(devices, batched):
-    """vmap inside the shard_map, over any operand, the batch axis last."""
-    mesh = tp_mesh(devices)
-    size, which = (
-        3,
-        {"x": {0}, "residual": {1}, "both": {0, 1}, "norm_scale": {2}}.get(batched, {3}),
+VMAPPED = [
+    (op, fields)
+    for op, case in CASES.items()
+    for fields in (
+        ("partial_sums",),
+        ("residual",),
+        ("partial_sums", "residual"),
+        ("norm_scales",),
+        ("layer_scalar",),
+        ("next_norm_scales",),
     )
+    if all(getattr(in_specs(case), field) for field in fields)
+]
+
+
+@pytest.mark.parametrize(("op", "batched"), VMAPPED, ids=str)
+def test_vmap(devices, op, batched):
+    """vmap inside the shard_map, over any operand, the batch axis last."""
+    case = CASES[op]
+    mesh = tp_mesh(devices)
+    inputs = make_inputs(case, len(devices))
     rng = np.random.default_rng(1)
-    operands = [jnp.asarray(a) for a in make_inputs(CASE, len(devices)).operands()]
-    for i in which:
-        factor = 1 + rng.random((size, *(1,) * operands[i].ndim), np.float32)
-        operands[i] = operands[i] * factor
-    operands = [jnp.moveaxis(a, 0, -1) if i in which else a for i, a in enumerate(operands)]
-    axes = tuple(-1 if i in which else None for i in range(4))
 
-    def local(x, *others):
-        return jax.vmap(functools.partial(jga.fused_post_ff, axis_name="tp"), axes)(x[0], *others)
+    def add_batch(array):
+        factors = (1 + rng.random((3, *(1,) * array.ndim))).astype(array.dtype)
+        return np.moveaxis(array * factors, 0, -1)
 
-    specs = (P("tp"), P(), P(), P())
-    call = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))
-    want = jax.vmap(unsharded, axes)(*operands)
-    np.testing.assert_allclose(call(*put(mesh, operands, specs)), want, rtol=1e-4, atol=1e-4)
+    fields = inputs._asdict()
+    inputs = inputs._replace(**{f: jax.tree.map(add_batch, fields[f]) for f in batched})
+    axes = type(inputs)(*(-1 if field in batched else None for field in fields))
+
+    def local(inputs):
+        call = functools.partial(call_op, case, axis_name="tp")
+        return jax.vmap(call, (axes,))(one_rank(inputs))
+
+    call = jax.shard_map(local, mesh=mesh, in_specs=(in_specs(case),), out_specs=P())
+    want = jax.vmap(functools.partial(unsharded, case), (axes,))(inputs)
+    assert_close(jax.jit(call)(place(mesh, inputs, in_specs(case))), want)
 
 
-def test_vmap_over_a_scale_needs_the_reference(mesh):
+@pytest.mark.parametrize("field", ["norm_scales", "layer_scalar", "next_norm_scales"])
+def test_vmap_over_a_scale_needs_the_reference(mesh, field):
     """No kernel for one scale an example: implementation="cuda" must say so."""
+    case = CASES["moe_tail"]
+    inputs = make_inputs(case, 2)
+    batched = jax.tree.map(lambda array: np.stack([array] * 3), getattr(inputs, field))
+    axes = type(inputs)(*(None,) * len(inputs))._replace(**{field: 0})
 
-    def local(x, residual, norm_scale):
-        call = functools.partial(jga.fused_post_ff, axis_name="tp", implementation="cuda")
-        return jax.vmap(call, (None, None, 0))(x[0], residual, norm_scale)
+    def local(inputs):
+        call = functools.partial(call_op, case, axis_name="tp", implementation="cuda")
+        return jax.vmap(call, (axes,))(one_rank(inputs))
 
-    call = jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P())
-    operands = np.ones((2, 4, 640), F32), np.ones((4, 640), F32), np.ones((3, 640), F32)
-    with pytest.raises(NotImplementedError, match="norm_scale or layer_scalar has a vmapped axis"):
-        jax.eval_shape(call, *operands)
+    call = jax.shard_map(local, mesh=mesh, in_specs=(in_specs(case),), out_specs=P())
+    with pytest.raises(NotImplementedError, match="norm scale or layer_scalar has a vmapped axis"):
+        jax.eval_shape(call, inputs._replace(**{field: batched}))
 
 
-def test_strict_promotion(mesh):
+@pytest.mark.parametrize("op", OPS)
+def test_strict_promotion(mesh, op):
     """For users who forbid implicit rank and dtype promotion."""
-    operands = make_inputs(Case((2, 3), 640, residual_dtype=F32, layer_scalar=(1,)), 2).operands()
+    case = dataclasses.replace(
+        CASES[op], leading=(2, 3), dtype=BF16, residual_dtype=F32, layer_scalar=(1,)
+    )
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        jax.jit(tp_call(mesh))(*operands)
+        jax.jit(tp_call(case, mesh))(make_inputs(case, 2))
 
 
-def test_vmap_is_one_collective(mesh):
+def test_vmap_is_one_collective(mesh, case):
     """Folding the batch into the tokens must not multiply collectives."""
+    inputs = make_inputs(case, 2)
+    batch = tuple(np.stack([x] * 5, axis=1) for x in inputs.partial_sums)
+    axes = type(inputs)(*(None,) * len(inputs))._replace(partial_sums=0)
 
-    def local(x, residual, norm_scale):
-        call = functools.partial(jga.fused_post_ff, axis_name="tp")
-        return jax.vmap(call, (0, None, None))(x[0], residual, norm_scale)
+    def local(inputs):
+        call = functools.partial(call_op, case, axis_name="tp")
+        return jax.vmap(call, (axes,))(one_rank(inputs))
 
-    call = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P()))
-    operands = np.ones((2, 5, 4, 640), F32), np.ones((4, 640), F32), np.ones(640, F32)
-    assert call.lower(*operands).as_text().count("all_reduce") == 1
+    call = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(in_specs(case),), out_specs=P()))
+    text = call.lower(inputs._replace(partial_sums=batch)).as_text()
+    assert text.count("all_reduce") == case.branches
 
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0)])
-def test_no_tokens(devices, leading):
+def test_no_tokens(devices, case, leading):
     mesh = tp_mesh(devices)
-    x = np.zeros((len(devices), *leading, 640), BF16)
-    operands = (x, x[0], np.ones(640, BF16), np.ones((), BF16))
-    placed = put(mesh, operands, (P("tp"), P(), P(), P()))
+    case = dataclasses.replace(case, leading=leading, dtype=BF16)
+    placed = place(mesh, make_inputs(case, len(devices)), in_specs(case))
     for implementation in (None, "xla", "cuda"):
-        out = jax.jit(tp_call(mesh, implementation=implementation))(*placed)
-        assert out.shape == (*leading, 640)
-        assert out.dtype == BF16
+        outputs = jax.jit(tp_call(case, mesh, implementation=implementation))(placed)
+        assert len(outputs) == 1 + case.next_norms
+        assert {(out.shape, out.dtype.name) for out in outputs} == {((*leading, 640), "bfloat16")}
 
 
-def test_axis_of_size_one(cpus):
-    mesh = tp_mesh(cpus[:1])
-    inputs = make_inputs(CASE, 1)
-    out = np.asarray(jax.jit(tp_call(mesh))(*inputs.operands()))
-    assert_matches(CASE, inputs, out, oracle_float64(CASE, inputs), exact_sum=True)
+def test_axis_of_size_one(cpus, case):
+    inputs = make_inputs(case, 1)
+    outputs = jax.jit(tp_call(case, tp_mesh(cpus[:1])))(inputs)
+    assert_matches(case, inputs, map(np.asarray, outputs), exact_sum=True)
+
+
+def test_next_norms_come_as_they_went(mesh):
+    """An array for an array, and a tuple for a tuple, of one as well."""
+    row, scale = jax.ShapeDtypeStruct((4, 640), BF16), jax.ShapeDtypeStruct((640,), BF16)
+    sums = jax.ShapeDtypeStruct((8, 640), BF16)
+    sandwich = functools.partial(jga.fused_sandwich, axis_name="tp")
+    moe = functools.partial(jga.fused_moe_tail, axis_name="tp")
+    for next_norm_scale, normed in ((scale, row), ((scale,), (row,)), ((scale,) * 3, (row,) * 3)):
+
+        def local(x, residual, norm_scale, next_norm_scale):
+            others = (residual, norm_scale, norm_scale, norm_scale)
+            return (
+                sandwich(x, residual, norm_scale, next_norm_scale=next_norm_scale),
+                moe(x, x, *others, next_norm_scale=next_norm_scale),
+                moe(x, x, *others),
+            )
+
+        call = jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P(), P()), out_specs=P())
+        outputs = jax.eval_shape(call, sums, row, scale, next_norm_scale)
+        assert outputs == ((row, normed), (row, normed), row)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -367,8 +426,7 @@ def test_down_proj_reshards(cpus, axis_type):
 def test_fallback_is_logged_once_per_reason(mesh, caplog, monkeypatch):
     monkeypatch.setattr(lowering, "_logged", set())
     caplog.set_level(logging.INFO, "jax_gemma_arf")
-    operands = make_inputs(CASE, 2).operands()
-    for _ in range(2):
-        jax.jit(tp_call(mesh))(*operands)
+    for case in CASES.values():
+        jax.jit(tp_call(case, mesh))(make_inputs(case, 2))
     messages = [record.message for record in caplog.records if record.name == "jax_gemma_arf"]
-    assert messages == ["fused_post_ff runs as psum + tail: platform is cpu, not CUDA"]
+    assert messages == ["fused operations run as psum + tail: platform is cpu, not CUDA"]

@@ -1,0 +1,212 @@
+"""One suite of cases against every implementation: psum on a CPU mesh, all ranks on one GPU
+(loopback), and a mesh of GPUs (multi_gpu)."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from cases import (
+    BF16,
+    CASES,
+    F16,
+    F32,
+    OPS,
+    Case,
+    assert_matches,
+    make_inputs,
+    mistakes,
+    norm_flax,
+    oracle,
+    outputs_of,
+    rank_sum,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from runners import LOOPBACK, MULTI_GPU, XLA, Runner
+
+
+@pytest.fixture(params=[*XLA, *LOOPBACK, *MULTI_GPU], ids=str)
+def runner(request, cpus, require_gpus):
+    """An implementation, bound to its devices; skipped where they are not there."""
+    chosen: Runner = request.param
+    devices = require_gpus(chosen.gpus) if chosen.gpus else cpus[: chosen.ranks]
+    return dataclasses.replace(chosen, run=lambda case, inputs: chosen.run(case, inputs, devices))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_oracles(runner, case):
+    """Hazards 1, 20, 22, 23 and 31: both oracles, and the same bits on every rank."""
+    inputs = make_inputs(case, runner.ranks)
+    outputs = runner.run(case, inputs)
+    for out in outputs:
+        assert out.shape == inputs.partial_sums[0].shape
+        assert_same_bits(out, np.broadcast_to(out[0], out.shape))
+    first = [out[0] for out in outputs]
+    assert_matches(case, inputs, first, exact_sum=runner.exact_sum)
+    if case.special not in ("nan", "sentinel", "inf"):  # Flax's float32 mean has no claim there
+        assert_matches(case, inputs, first, exact_sum=runner.exact_sum, norm=norm_flax)
+
+
+@pytest.mark.parametrize(("special", "count"), [("nan", 1), ("sentinel", 2)])
+@pytest.mark.parametrize("op", OPS)
+def test_nan_stays_in_its_row(runner, op, special, count):
+    """Hazard 31: NaN in gives NaN out in the same rows only, and no hang, whatever its bits."""
+    case = Case((6,), 640, special=special, op=op, next_norms=int(op == "sandwich"))
+    inputs = make_inputs(case, runner.ranks)
+    rows = np.isnan(inputs.partial_sums[0].astype(np.float32)).any((0, 2))
+    assert rows.sum() == count
+    for out in runner.run(case, inputs):
+        assert np.isnan(out[0, rows].astype(np.float32)).all()
+        assert np.isfinite(out[0, ~rows].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_runs_are_identical(runner, op):
+    case = Case((17,), 2560, op=op, next_norms=int(op == "sandwich"))
+    inputs = make_inputs(case, runner.ranks)
+    first = runner.run(case, inputs)
+    for _ in range(3):
+        for out, again in zip(first, runner.run(case, inputs)):
+            assert_same_bits(out, again)
+
+
+def test_two_ranks_sum_as_psum_does(runner):
+    """At N = 2 the sum is psum's; outputs are equal or one unit in the last place apart, but where
+    normed row and residual cancel, and the float32 rounding of the terms shows."""
+    if runner.ranks != 2 or runner.gpus == 0:
+        pytest.skip("needs the kernel with 2 ranks")
+    for dtype in (BF16, F16):
+        case = Case((33,), 2816, dtype)
+        inputs = make_inputs(case, 2)
+        psum = XLA[0].run(case, inputs, jax.devices("cpu")[:2])[0][0]
+        out = runner.run(case, inputs)[0][0]
+        steps = np.abs(_ordered(out) - _ordered(psum))
+        cancelled = np.abs(out.astype(F32)) < 2**-6 * np.abs(inputs.residual.astype(F32))
+        assert steps[~cancelled].max() <= 1
+        assert (steps == 0).mean() > 0.98
+        assert cancelled.mean() < 0.02
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_batch_invariant(runner, op):
+    """Hazard 24: a token's bits depend neither on how many share the call nor on its place."""
+    case = Case((129,), 2816, op=op, next_norms=int(op == "sandwich"))
+    inputs = make_inputs(case, runner.ranks)
+    whole = runner.run(case, inputs)
+    for start, stop in ((0, 1), (64, 71), (128, 129)):
+        part = dataclasses.replace(case, leading=(stop - start,))
+        for out, all_tokens in zip(runner.run(part, inputs.tokens(start, stop)), whole):
+            expected = all_tokens[:, start:stop]
+            if runner.gpus == 0:  # XLA may tile the mean differently; its values still agree
+                np.testing.assert_allclose(
+                    out.astype(np.float32), expected.astype(np.float32), rtol=2**-6, atol=2**-7
+                )
+            else:
+                assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_loopback_algorithms_agree_bit_for_bit(ranks, op, require_gpus):
+    """Hazard 24: the size at which one-shot gives way to two-shot does not show in the results."""
+    devices = require_gpus(1)
+    one, two = (runner for runner in LOOPBACK if runner.ranks == ranks)
+    for leading, hidden, dtype in (((37,), 5376, BF16), ((5,), 5376, F32), ((9,), 640, F16)):
+        case = Case(leading, hidden, dtype, op=op, next_norms=int(op == "sandwich"))
+        inputs = make_inputs(case, ranks)
+        for pair in zip(one.run(case, inputs, devices), two.run(case, inputs, devices)):
+            assert_same_bits(*pair)
+
+
+@pytest.mark.parametrize("layer_scalar", [(), None], ids=["scalar", "no_scalar"])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_mistakes_fail(op, dtype, layer_scalar):
+    """The suite rejects what is easily mistaken for a tail, such as rmsnorm(sum + residual), at the
+    loosest tolerance it uses, and accepts the contract at its tightest."""
+    next_norms = {"sandwich": 2, "moe_tail": 2}.get(op, 0)
+    case = Case((5,), 2816, dtype, layer_scalar=layer_scalar, op=op, next_norms=next_norms)
+    inputs = make_inputs(case, 8)
+    wrong = mistakes(case, inputs)
+    assert bool(wrong) == case.has_residual
+    for what, outputs in wrong.items():
+        assert not matches(case, inputs, outputs), what
+    right = outputs_of(case, inputs, oracle(case, inputs))
+    assert_matches(case, inputs, right, exact_sum=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_oracles_reject_a_missing_rank(op):
+    """Hazard 25: a sum over a subset of the group fails the suite, in each branch."""
+    case = Case((5,), 2816, op=op, next_norms=int(op == "sandwich"))
+    inputs = make_inputs(case, 4)
+    for branch in range(case.branches):
+        sums = list(inputs.partial_sums)
+        sums[branch] = sums[branch][:3]
+        subset = inputs._replace(partial_sums=tuple(sums))
+        with pytest.raises(AssertionError, match="elements of hidden off"):
+            assert_matches(
+                case, inputs, outputs_of(case, inputs, oracle(case, subset)), exact_sum=False
+            )
+
+
+def cases_with(half):
+    """Any shape and options, each dtype `half` or float32."""
+    dtypes = st.sampled_from([half, F32])
+    next_norms = {"sandwich": st.integers(1, 3), "moe_tail": st.integers(0, 3)}
+    return st.sampled_from(OPS).flatmap(
+        lambda op: st.builds(
+            Case,
+            leading=st.lists(st.integers(1, 9), max_size=3).map(tuple),
+            hidden=st.integers(4, 90).map(lambda blocks: 64 * blocks),
+            dtype=dtypes,
+            residual_dtype=dtypes,
+            scale_dtype=dtypes,
+            layer_scalar=st.sampled_from([None, (), (1,)]),
+            scale_offset=st.sampled_from([0.0, 1.0]),
+            seed=st.integers(0, 2**16),
+            op=st.just(op),
+            next_norms=next_norms.get(op, st.just(0)),
+        )
+    )
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.sampled_from([BF16, F16]).flatmap(cases_with))
+def test_any_shape(runner, case):
+    inputs = make_inputs(case, runner.ranks)
+    outputs = [out[0] for out in runner.run(case, inputs)]
+    assert_matches(case, inputs, outputs, exact_sum=runner.exact_sum)
+
+
+def test_rank_sum_rounds_once():
+    """The oracle's own first step, against exact integers: 256 + 1 + 1 in bfloat16 is 258, where
+    rounding after each addition would lose both ones."""
+    x = np.array([[256.0], [1.0], [1.0]], np.float32).astype(BF16)
+    assert float(rank_sum(x)[0]) == 258.0
+
+
+def matches(case, inputs, outputs) -> bool:
+    try:
+        assert_matches(case, inputs, outputs, exact_sum=False)
+    except AssertionError:
+        return False
+    return True
+
+
+def assert_same_bits(one: np.ndarray, other: np.ndarray) -> None:
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(one).view(np.uint8), np.ascontiguousarray(other).view(np.uint8)
+    )
+
+
+def _ordered(values: np.ndarray) -> np.ndarray:
+    """16-bit floats as integers in the order of their values, so that neighbours differ by one."""
+    bits = values.view(np.uint16).astype(np.int32)
+    return np.where(bits & 0x8000, 0x8000 - bits, bits)
