@@ -27,7 +27,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kauldron import kd
 
-from jax_gemma_arf.fused_ops import Implementation, fused_post_ff
+from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_ff, fused_sandwich
+from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
 
 # scale_offset of each family: Gemma 2 and 3 store w for a scale of 1 + w. _transformer.Transformer
@@ -328,7 +329,7 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
     next_scales = [params[f"layer_{i}"]["pre_attention_norm"]["scale"] for i in range(len(layers))]
     next_scales.append(params["final_norm"]["scale"])
     h = inputs.embeddings
-    normed = _rmsnorm(h, next_scales[0], tail["scale_offset"])
+    normed = rmsnorm(h, next_scales[0], scale_offset=tail["scale_offset"])
     for i, layer in enumerate(layers):
         name = f"layer_{i}"
         p = params[name]
@@ -367,8 +368,8 @@ def _dense_half(layer, p, attended, h, per_layer_input, next_scale, tail):
     h = fused_post_ff(partial_sums, h, norm_scale, **tail)
     gated = nn.gelu(h @ p["per_layer_input_gate"]["w"]) * per_layer_input
     update = gated @ p["per_layer_projection"]["w"]
-    h = (h + _rmsnorm(update, p["post_per_layer_input_norm"]["scale"])) * layer_scalar
-    return h, _rmsnorm(h, next_scale)
+    h = (h + rmsnorm(update, p["post_per_layer_input_norm"]["scale"])) * layer_scalar
+    return h, rmsnorm(h, next_scale)
 
 
 def _moe_half(layer, p, attended, h, per_layer_input, next_scale, tail):
@@ -437,27 +438,3 @@ def _check_cache(model, cache) -> None:
                 f"{name} of the cache has {heads} KV heads, which {size} ranks do not divide; "
                 "make the cache with init_cache of the tensor parallel model"
             )
-
-
-def _rmsnorm(x: jax.Array, scale: jax.Array, scale_offset: float = 0.0) -> jax.Array:
-    row = x.astype(jnp.float32)
-    row = row * jax.lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + 1e-6)
-    scale = jnp.expand_dims(scale_offset + scale.astype(jnp.float32), range(x.ndim - 1))
-    return (row * scale).astype(x.dtype)
-
-
-def fused_sandwich(x, residual, norm_scale, layer_scalar=None, *, next_norm_scale, **tail):
-    h = fused_post_ff(x, residual, norm_scale, layer_scalar, **tail)
-    if isinstance(next_norm_scale, tuple):
-        return h, tuple(_rmsnorm(h, s, tail["scale_offset"]) for s in next_norm_scale)
-    return h, _rmsnorm(h, next_norm_scale, tail["scale_offset"])
-
-
-def fused_moe_tail(
-    dense, experts, residual, dense_scale, expert_scale, norm_scale, layer_scalar, *,
-    next_norm_scale, axis_name, **_
-):
-    dense = _rmsnorm(jax.lax.psum(dense, axis_name), dense_scale)
-    experts = _rmsnorm(jax.lax.psum(experts, axis_name), expert_scale)
-    h = (_rmsnorm(dense + experts, norm_scale) + residual) * layer_scalar
-    return h, _rmsnorm(h, next_norm_scale)
