@@ -1,5 +1,6 @@
 """The models of gemma_sizes.py out of google-deepmind/gemma, and how they are run."""
 
+import functools
 import warnings
 
 import gemma_sizes as sizes
@@ -73,52 +74,61 @@ def official(variant: str, layers: int | None = None, dtype=jnp.float32):
     return base.Transformer(config=config(variant, layers), dtype=dtype)
 
 
-def shapes(model):
-    """The model's parameters as ShapeDtypeStruct."""
+@functools.cache
+def shapes(variant: str, layers: int | None = None):
+    """The official model's parameters as ShapeDtypeStruct."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(official(variant, layers).init, jax.random.key(0), tokens)["params"]
 
 
-def params(variant: str, layers: int | None = None, dtype=jnp.float32, plain_router: bool = False):
-    """NumPy. plain_router: the scale of the norm before the experts is 1."""
+def params(variant: str, layers: int | None = None, dtype=jnp.float32, plain_router: bool = True):
+    """NumPy. plain_router: the scale of the norm before the experts is 1, see test_router."""
 
     def make(path, leaf):
         name = "/".join(entry.key for entry in path)
         if leaf.ndim == 3 and name.startswith("embedder/per_layer_"):  # [., layers, .], cut
             full = (leaf.shape[0], sizes.LAYERS[variant], leaf.shape[2])
             return sizes.weight(name, full)[:, : leaf.shape[1]].astype(dtype)
-        if plain_router and name.endswith("pre_ffw_norm/scale"):
+        if variant == "26B" and plain_router and name.endswith("pre_ffw_norm/scale"):
             return np.ones(leaf.shape, dtype)
         return sizes.weight(name, leaf.shape).astype(dtype)
 
-    return jax.tree.map_with_path(make, shapes(official(variant, layers)))
+    return jax.tree.map_with_path(make, shapes(variant, layers))
 
 
-def run(model, params) -> dict[str, np.ndarray]:
-    """logits and hidden of all tokens at once, and the logits of a prefill and of cached steps."""
-    tokens = jnp.asarray(sizes.tokens())
-    out = model.apply({"params": params}, tokens, return_hidden_states=True)
+@functools.cache
+def apply(model):
+    """model.apply, compiled in a hurry: these models are small, and there are many of them."""
+    return jax.jit(
+        lambda params, tokens, **inputs: model.apply(
+            {"params": params}, tokens, return_hidden_states=True, **inputs
+        ),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+
+
+def prefill(model, params) -> dict[str, np.ndarray]:
+    """logits and hidden of all tokens at once."""
+    out = apply(model)(params, sizes.tokens())
     return {
         "logits": np.asarray(out.logits, np.float32),
         "hidden": np.asarray(out.hidden_states, np.float32),
-        "cached": cached_logits(model, params),
     }
 
 
 def cached_logits(model, params) -> np.ndarray:
-    """A prefill of all but the last DECODED tokens, then one by one."""
-    tokens = jnp.asarray(sizes.tokens())
+    """Of all tokens: a prefill of all but the last DECODED, then those one by one."""
+    tokens = sizes.tokens()
     dtype = jax.tree.leaves(params)[0].dtype
     length = sizes.TOKENS + 3  # room that the mask leaves out
     cache = model.init_cache(batch_size=sizes.BATCH, dtype=dtype, cache_length=length)
-    mask = jnp.broadcast_to(jnp.tri(sizes.TOKENS, length) > 0, (sizes.BATCH, sizes.TOKENS, length))
-    positions = jnp.broadcast_to(jnp.arange(sizes.TOKENS), tokens.shape)
-    step = jax.jit(model.apply)
+    mask = np.broadcast_to(np.tri(sizes.TOKENS, length) > 0, (sizes.BATCH, sizes.TOKENS, length))
+    positions = np.broadcast_to(np.arange(sizes.TOKENS, dtype=np.int32), tokens.shape)
     logits, start = [], 0
     for stop in range(sizes.TOKENS - sizes.DECODED, sizes.TOKENS + 1):
         now = slice(start, stop)
-        out = step(
-            {"params": params},
+        out = apply(model)(
+            params,
             tokens[:, now],
             cache=cache,
             positions=positions[:, now],

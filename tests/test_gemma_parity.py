@@ -27,26 +27,22 @@ all_variants = pytest.mark.parametrize("variant", sizes.VARIANTS)
 all_ranks = pytest.mark.parametrize("ranks", RANKS)
 
 
-@functools.cache
-def expected(variant: str, layers: int | None = None, plain_router: bool = False):
-    """The official model on one device."""
-    model = gemma_models.official(variant, layers)
-    params = gemma_models.params(variant, layers, plain_router=plain_router)
-    return gemma_models.run(model, params)
-
-
 def sharded(variant: str, ranks: int, layers: int | None = None, **options):
     """A model over the first so many CPUs, and a function that places parameters for it."""
     mesh = make_mesh((ranks,), ("tp",), jax.devices("cpu")[:ranks])
     model = gemma.tensor_parallel(gemma_models.official(variant, layers, **options), mesh)
-    return model, lambda params: jax.device_put(params, gemma.param_shardings(model))
+    return model, lambda params: jax.device_put(params, gemma.param_shardings(model, params))
 
 
 @functools.cache
-def found(variant: str, ranks: int, layers: int | None = None, plain_router: bool = False):
-    model, place = sharded(variant, ranks, layers)
-    params = gemma_models.params(variant, layers, plain_router=plain_router)
-    return gemma_models.run(model, place(params))
+def run(variant: str, ranks: int, layers: int | None = None, cached: bool = False):
+    """Logits with the cache, or logits and hidden states without; ranks 0 is the official model."""
+    params = gemma_models.params(variant, layers)
+    model = gemma_models.official(variant, layers)
+    if ranks:
+        model, place = sharded(variant, ranks, layers)
+        params = place(params)
+    return (gemma_models.cached_logits if cached else gemma_models.prefill)(model, params)
 
 
 @functools.cache
@@ -56,54 +52,49 @@ def transformers():
 
 @all_ranks
 @all_variants
-def test_matches_the_official_model(variant, ranks):
-    for name, array in expected(variant).items():
-        assert off(found(variant, ranks)[name], array) < TOLERANCE, name
+def test_prefill(variant, ranks):
+    logits = run(variant, ranks)["logits"]
+    assert off(logits, run(variant, 0)["logits"]) < TOLERANCE
+    assert off(logits, transformers()[f"{variant}_logits"]) < TOLERANCE
 
 
 @all_ranks
 @all_variants
-def test_cached_decode_matches_prefill(variant, ranks):
-    assert off(found(variant, ranks)["cached"], found(variant, ranks)["logits"]) < TOLERANCE
-
-
-@all_ranks
-@all_variants
-def test_matches_transformers(variant, ranks):
-    """The MoE router of transformers normalises the residual stream; the official one normalises the
-    experts' input, which is that stream normed and scaled. They are alike where the scale is 1."""
-    ours = found(variant, ranks, plain_router=variant == "26B")
-    logits, decoded = (transformers()[f"{variant}_{name}"] for name in ("logits", "decoded"))
-    assert off(ours["logits"], logits) < TOLERANCE
-    assert off(ours["cached"][:, -sizes.DECODED :], decoded) < TOLERANCE
+def test_cached_decode(variant, ranks):
+    logits = run(variant, ranks, cached=True)
+    assert off(logits, run(variant, 0, cached=True)) < TOLERANCE
+    assert off(logits, run(variant, ranks)["logits"]) < TOLERANCE
+    assert off(logits[:, -sizes.DECODED :], transformers()[f"{variant}_decoded"]) < TOLERANCE
 
 
 @all_ranks
 @pytest.mark.parametrize(
-    ("variant", "layers"),
+    ("variant", "blocks"),
     [(variant, n) for variant in sizes.VARIANTS for n in range(1, sizes.LAYERS[variant] + 1)],
 )
-def test_each_block(variant, layers, ranks):
-    """The output of each block, after the final norm, from models of that many layers."""
-    hidden = found(variant, ranks, layers, variant == "26B")["hidden"]
-    assert off(hidden, expected(variant, layers, variant == "26B")["hidden"]) < TOLERANCE
-    assert off(hidden, transformers()[f"{variant}_blocks"][layers - 1]) < TOLERANCE
+def test_each_block(variant, blocks, ranks):
+    """The output of each block, after the final norm, from models of that many blocks."""
+    layers = None if blocks == sizes.LAYERS[variant] else blocks
+    hidden = run(variant, ranks, layers)["hidden"]
+    assert off(hidden, run(variant, 0, layers)["hidden"]) < TOLERANCE
+    assert off(hidden, transformers()[f"{variant}_blocks"][blocks - 1]) < TOLERANCE
 
 
-def test_router_reads_the_experts_input():
-    """The package's own reading, which this one keeps: not transformers' as soon as the scale of the
-    norm before the experts is not 1."""
-    logits = transformers()["26B_logits"]
-    assert off(expected("26B", plain_router=True)["logits"], logits) < TOLERANCE
-    model = gemma_models.official("26B")
-    params = gemma_models.params("26B", plain_router=True)
-    for i in range(sizes.LAYERS["26B"]):
+def test_router():
+    """The official router normalises the experts' input, which is the residual stream normed and
+    scaled; that of transformers normalises the residual stream. They differ, by more than folding
+    weights could mend, unless that scale is 1, as it is in the other tests. Here it is not."""
+    params = gemma_models.params("26B", plain_router=False)
+    official = gemma_models.prefill(gemma_models.official("26B"), params)["logits"]
+    model, place = sharded("26B", 2)
+    assert off(gemma_models.prefill(model, place(params))["logits"], official) < TOLERANCE
+    for i in range(sizes.LAYERS["26B"]):  # as transformers: the scale reaches the experts alone
         layer = params[f"layer_{i}"]
-        scale = np.linspace(0.5, 2, sizes.HIDDEN, dtype=np.float32)
-        layer["pre_ffw_norm"]["scale"] = scale
-        # What would make up for it in everything but the router.
-        layer["mlp"]["gating_einsum"]["w"] = layer["mlp"]["gating_einsum"]["w"] / scale
-    assert off(gemma_models.run(model, params)["logits"], logits) > 100 * TOLERANCE
+        experts = layer["mlp"]["gating_einsum"]
+        experts["w"] = experts["w"] * layer["pre_ffw_norm"]["scale"]
+        layer["pre_ffw_norm"]["scale"] = np.ones_like(layer["pre_ffw_norm"]["scale"])
+    as_transformers = gemma_models.prefill(gemma_models.official("26B"), params)["logits"]
+    assert off(as_transformers, official) > 100 * TOLERANCE
 
 
 @all_variants
@@ -123,23 +114,24 @@ def test_add_before_norm_is_noticed(variant, monkeypatch):
     monkeypatch.setattr(gemma, "fused_sandwich", wrong_sandwich)
     jax.clear_caches()
     model, place = sharded(variant, 2)
-    logits = model.apply({"params": place(gemma_models.params(variant))}, sizes.tokens()).logits
+    gemma_models.apply.cache_clear()
+    logits = gemma_models.prefill(model, place(gemma_models.params(variant)))["logits"]
+    gemma_models.apply.cache_clear()
     jax.clear_caches()
-    assert off(np.asarray(logits), expected(variant)["logits"]) > 1e-1
+    assert off(logits, run(variant, 0)["logits"]) > 1e-1
 
 
 @pytest.mark.parametrize("variant", ["31B", "Gemma3"])
 def test_bfloat16(variant):
     """The package's own norm rounds to bfloat16 within; ours does not. So ours must be about as near
-    to the float32 model as the official one."""
+    to the float32 model, of unrounded parameters, as the official one."""
     params = gemma_models.params(variant, dtype=jnp.bfloat16)
     model, place = sharded(variant, 2, dtype=jnp.bfloat16)
-    rounded = jax.tree.map(lambda a: a.astype(np.float32), params)
-    exact = gemma_models.run(gemma_models.official(variant), rounded)
-    theirs = gemma_models.run(gemma_models.official(variant, dtype=jnp.bfloat16), params)
-    ours = gemma_models.run(model, place(params))
-    for name, array in exact.items():
-        assert off(ours[name], array) < 1.5 * off(theirs[name], array) < 0.1, name
+    exact = run(variant, 0)["logits"]
+    official = gemma_models.official(variant, dtype=jnp.bfloat16)
+    theirs = gemma_models.prefill(official, params)["logits"]
+    ours = gemma_models.prefill(model, place(params))["logits"]
+    assert off(ours, exact) < 1.5 * off(theirs, exact) < 0.15
 
 
 def test_gradients(variant="31B"):
