@@ -1,5 +1,6 @@
 """The models of gemma_sizes.py out of google-deepmind/gemma, and how they are run."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -69,9 +70,11 @@ def config(variant: str, layers: int | None = None):
     return gemma4_config.TransformerConfig(**common)
 
 
-def official(variant: str, layers: int | None = None, dtype=jnp.float32):
+def official(variant: str, layers: int | None = None, dtype=jnp.float32, **changes):
+    """changes: of the config."""
     base = gemma3 if variant == "Gemma3" else gemma4
-    return base.Transformer(config=config(variant, layers), dtype=dtype)
+    changed = dataclasses.replace(config(variant, layers), **changes)
+    return base.Transformer(config=changed, dtype=dtype)
 
 
 @functools.cache
