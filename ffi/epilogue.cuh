@@ -1,131 +1,141 @@
-// Gemma epilogues for FlashInfer's fused all-reduce kernels.
+// What becomes of a reduced row while it is in registers: see Tail in kernels.h.
 //
-// FlashInfer separates the communication (one-shot Lamport, two-shot barrier) from what happens to
-// a reduced row, `FusedOp<Pattern, T>`. The specialisation below makes that
-//
-//     out = (rmsnorm(row) * (scale_offset + norm_scale) + residual) * layer_scalar
-//
-// where FlashInfer's own patterns compute rmsnorm(row + residual), which is a different function.
+// A row is spread over the threads of a block, or of a cluster of blocks, 16 bytes of partial sums
+// a thread. Gemma norms first and then adds the residual; the kernels that other models use compute
+// rmsnorm(row + residual), which is a different function.
 #pragma once
 
 #include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
-#include "flashinfer/comm/trtllm_allreduce_fusion.cuh"
+#include <cstdint>
+
+#include "exchange.cuh"
 #include "kernels.h"
 
 namespace jax_gemma_arf {
 
-// nvcc 13.0 writes a host stub that does not compile for a pattern that is no enumerator, so the
-// epilogue takes over one that this library has no other use for. Symbols are hidden, so no other
-// FlashInfer in the process can meet this specialisation.
-inline constexpr auto kGemmaPattern = flashinfer::trtllm_allreduce_fusion::AllReduceFusionPattern::
-    kARResidualRMSNormOutDynamicFP8Quant;
+inline constexpr int kVectorBytes = 16;
 
-template <typename T>
-using FusionParams = flashinfer::trtllm_allreduce_fusion::AllReduceFusionParams<T>;
-
-// Where the epilogue's arguments travel in FlashInfer's parameter struct. The kernels pass the
-// struct through unread, except for rank, size, hidden_dim, workspace and allreduce_in.
-template <typename T>
-inline void SetEpilogue(FusionParams<T>& params, const Epilogue& epilogue) {
-  params.residual_in = const_cast<void*>(epilogue.residual.data);
-  params.rms_gamma = const_cast<void*>(epilogue.norm_scale.data);
-  params.quant_out = const_cast<void*>(epilogue.layer_scalar.data);
-  params.norm_out = epilogue.out;
-  params.rms_eps = epilogue.eps;
-  params.weight_bias = epilogue.scale_offset;
-  params.block_quant_group_size = static_cast<int>(epilogue.residual.dtype) |
-                                  static_cast<int>(epilogue.norm_scale.dtype) << 8 |
-                                  static_cast<int>(epilogue.layer_scalar.dtype) << 16;
+// Calls `visit` with a zero of the C++ type of dtype.
+template <typename Visit>
+__device__ __forceinline__ void VisitDtype(Dtype dtype, Visit visit) {
+  switch (dtype) {
+    case Dtype::kBFloat16: return visit(__nv_bfloat16{});
+    case Dtype::kFloat16: return visit(__half{});
+    case Dtype::kFloat32: return visit(float{});
+  }
 }
 
-template <typename T>
-__device__ __forceinline__ Dtype ResidualDtype(const FusionParams<T>& params) {
-  return static_cast<Dtype>(params.block_quant_group_size & 0xff);
-}
-template <typename T>
-__device__ __forceinline__ Dtype NormScaleDtype(const FusionParams<T>& params) {
-  return static_cast<Dtype>((params.block_quant_group_size >> 8) & 0xff);
-}
-template <typename T>
-__device__ __forceinline__ Dtype LayerScalarDtype(const FusionParams<T>& params) {
-  return static_cast<Dtype>((params.block_quant_group_size >> 16) & 0xff);
-}
+// `kCount` elements of type S as words, and their values.
+template <typename S, int kCount>
+union Packed {
+  static constexpr int kWords = kCount * sizeof(S) / 4;
+  Words<kWords> words;
+  S elements[kCount];
+
+  __device__ __forceinline__ Packed() {}
+};
 
 // Reads `kCount` consecutive elements, element `index` first, as float32.
 template <int kCount>
-__device__ __forceinline__ void LoadAsFloat(float (&values)[kCount], const void* data, Dtype dtype,
+__device__ __forceinline__ void LoadAsFloat(float (&values)[kCount], const Operand& operand,
                                             int64_t index) {
-  const auto load = [&](auto zero) {
+  VisitDtype(operand.dtype, [&](auto zero) {
     using S = decltype(zero);
-    flashinfer::vec_t<S, kCount> vec;
-    vec.load(static_cast<const S*>(data) + index);
+    using Row = Packed<S, kCount>;
+    Row row;
+    row.words =
+        *reinterpret_cast<const Words<Row::kWords>*>(static_cast<const S*>(operand.data) + index);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(vec[i]);
-  };
-  switch (dtype) {
-    case Dtype::kBFloat16: return load(__nv_bfloat16{});
-    case Dtype::kFloat16: return load(__half{});
-    case Dtype::kFloat32: return load(float{});
-  }
+    for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(row.elements[i]);
+  });
 }
 
-// Rounds once, to `dtype`, and writes.
+// Rounds once, to `dtype`, and writes at element `index`. `values` is then what was written. `also`
+// gets the words.
+template <int kCount, typename Also>
+__device__ __forceinline__ void Write(void* data, Dtype dtype, int64_t index,
+                                      float (&values)[kCount], Also also) {
+  VisitDtype(dtype, [&](auto zero) {
+    using S = decltype(zero);
+    using Row = Packed<S, kCount>;
+    Row row;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) row.elements[i] = static_cast<S>(values[i]);
+    also(row.words);
+    *reinterpret_cast<Words<Row::kWords>*>(static_cast<S*>(data) + index) = row.words;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = static_cast<float>(row.elements[i]);
+  });
+}
+
 template <int kCount>
-__device__ __forceinline__ void StoreFromFloat(const float (&values)[kCount], void* data,
-                                               Dtype dtype, int64_t index) {
-  const auto store = [&](auto zero) {
-    using S = decltype(zero);
-    flashinfer::vec_t<S, kCount> vec;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) vec[i] = static_cast<S>(values[i]);
-    vec.store(static_cast<S*>(data) + index);
-  };
-  switch (dtype) {
-    case Dtype::kBFloat16: return store(__nv_bfloat16{});
-    case Dtype::kFloat16: return store(__half{});
-    case Dtype::kFloat32: return store(float{});
-  }
+__device__ __forceinline__ void Write(void* data, Dtype dtype, int64_t index,
+                                      float (&values)[kCount]) {
+  Write(data, dtype, index, values, [](const auto&) {});
 }
 
-// Sum over the threads that hold one row: one block, or a cluster of blocks.
+__device__ __forceinline__ float LoadScalar(const Operand& operand) {
+  float value = 0.f;
+  VisitDtype(operand.dtype, [&](auto zero) {
+    value = static_cast<float>(*static_cast<const decltype(zero)*>(operand.data));
+  });
+  return value;
+}
+
+// Sums over the threads that hold one row: one block, or a cluster of blocks.
 //
-// The order of the additions depends on hidden_dim and T alone, so a row's result does not depend
-// on how many rows share the launch, on its place among them, or on one-shot versus two-shot. The
-// partial sums are double buffered: one barrier a row is enough, since a buffer is written again
-// only after the barrier of the row in between.
+// The order of the additions depends on hidden and the dtype alone, so a row's result does not
+// depend on how many rows share the launch, on its place among them, or on the algorithm. The
+// partial sums are double buffered: one barrier a sum is enough, since a buffer is written again
+// only after the barrier of the sum in between.
+template <int kMaxSums>
 class RowSum {
  public:
-  __device__ __forceinline__ float operator()(float value) {
-    __shared__ float warp_sums[2][32];
-    __shared__ float block_sum[2];
+  template <int kSums>
+  __device__ __forceinline__ void operator()(float (&values)[kSums]) {
+    static_assert(kSums <= kMaxSums);
+    __shared__ float warp_sums[2][kMaxSums][32];
+    __shared__ float block_sum[2][kMaxSums];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int warps = (blockDim.x + 31) / 32;
     const int lanes = min(32, static_cast<int>(blockDim.x) - warp * 32);
     const unsigned mask = lanes == 32 ? 0xffffffffu : (1u << lanes) - 1;
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      // The last warp may be partial; a lane that is not there must not contribute.
-      const float other = __shfl_down_sync(mask, value, offset);
-      if (lane + offset < lanes) value += other;
+    for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        // The last warp may be partial; a lane that is not there must not contribute.
+        const float other = __shfl_down_sync(mask, values[s], offset);
+        if (lane + offset < lanes) values[s] += other;
+      }
+      if (lane == 0) warp_sums[parity_][s][warp] = values[s];
     }
-    if (lane == 0) warp_sums[parity_][warp] = value;
     __syncthreads();
-    float sum = 0.f;
-    for (int w = 0; w < warps; ++w) sum += warp_sums[parity_][w];
-
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      values[s] = 0.f;
+      for (int w = 0; w < warps; ++w) values[s] += warp_sums[parity_][s][w];
+    }
     auto cluster = cooperative_groups::this_cluster();
     if (cluster.num_blocks() > 1) {
-      if (threadIdx.x == 0) block_sum[parity_] = sum;
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+        if (threadIdx.x == 0) block_sum[parity_][s] = values[s];
+      }
       cluster.sync();
-      sum = 0.f;
-      for (unsigned b = 0; b < cluster.num_blocks(); ++b) {
-        sum += *cluster.map_shared_rank(&block_sum[parity_], b);
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) {
+        values[s] = 0.f;
+        for (unsigned b = 0; b < cluster.num_blocks(); ++b) {
+          values[s] += *cluster.map_shared_rank(&block_sum[parity_][s], b);
+        }
       }
     }
     parity_ ^= 1;
-    return sum;
   }
 
   // A block must not exit while a block of its cluster can still read its shared memory.
@@ -138,73 +148,127 @@ class RowSum {
   int parity_ = 0;
 };
 
-}  // namespace jax_gemma_arf
-
-namespace flashinfer::trtllm_allreduce_fusion {
-
-// The kernels construct one FusedOp per thread after the grid dependency sync, call update(index)
-// before they wait for a row's data, and operator() with the reduced 16 bytes of that row.
-template <typename T>
-class FusedOp<jax_gemma_arf::kGemmaPattern, T> {
-  static constexpr int kCount = details::kBytesPerAccess / sizeof(T);
-
+// The epilogue of one thread. All members are called by all threads of a row together.
+template <typename T, int kBranches>
+class Epilogue {
  public:
-  __device__ __forceinline__ FusedOp(AllReduceFusionParams<T> const& params, int access_id,
-                                     int access_id_in_token)
-      : params_(params), access_id_(access_id) {
-    using namespace jax_gemma_arf;
-    LoadAsFloat(scale_, params.rms_gamma, NormScaleDtype(params), access_id_in_token * kCount);
+  static constexpr int kCount = kVectorBytes / sizeof(T);
+
+  // How many scales the tail has, without those of next norms.
+  static constexpr int kOwnScales = kBranches == 1 ? 1 : 1 + kBranches;
+
+  // Reads what all rows share. `column` is this thread's first element of a row. `scales` is shared
+  // memory for [kOwnScales + next_norms] rows of the block's elements: in registers they would
+  // spill.
+  __device__ __forceinline__ Epilogue(const Tail& tail, int hidden, int column, float4* scales)
+      : tail_(tail), scales_(scales), mean_(1.f / static_cast<float>(hidden)) {
+    KeepScale(0, tail.scale, column);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) scale_[i] += params.weight_bias;
-    if (params.quant_out != nullptr) {
-      float scalar[1];
-      LoadAsFloat(scalar, params.quant_out, LayerScalarDtype(params), 0);
-      layer_scalar_ = scalar[0];
+    for (int b = 1; b < kOwnScales; ++b) KeepScale(b, tail.branch_scale[b - 1], column);
+    for (int n = 0; n < tail.next_norms; ++n) {
+      KeepScale(kOwnScales + n, tail.next_scale[n], column);
     }
-    LoadResidual();
+    if (tail.layer_scalar.data != nullptr) layer_scalar_ = LoadScalar(tail.layer_scalar);
   }
 
-  __device__ __forceinline__ void update(int access_id) {
-    if (access_id == access_id_) return;
-    access_id_ = access_id;
-    LoadResidual();
+  // Reads the residual at `index`, the thread's first element of its row in [tokens, hidden].
+  __device__ __forceinline__ void Prefetch(int64_t index) {
+    if (tail_.residual.data != nullptr) LoadAsFloat(residual_, tail_.residual, index);
   }
 
-  __device__ __forceinline__ void operator()(vec_t<T, kCount> row, int /*token_id*/) {
-    float values[kCount];
-    float square_sum = 0.f;
+  // From the reduced rows to hidden, in float32. Uses what Prefetch has read.
+  __device__ __forceinline__ void Hidden(const Packed<T, kCount> (&reduced)[kBranches],
+                                         float (&hidden)[kCount]) {
+    float rows[kBranches][kCount], inverse_rms[kBranches];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      values[i] = static_cast<float>(row[i]);
-      square_sum += values[i] * values[i];
-    }
-    const float mean = row_sum_(square_sum) / params_.hidden_dim;
-    const float inverse_rms = rsqrtf(mean + params_.rms_eps);
+    for (int b = 0; b < kBranches; ++b) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      values[i] = values[i] * inverse_rms * scale_[i] + residual_[i];
+      for (int i = 0; i < kCount; ++i) rows[b][i] = static_cast<float>(reduced[b].elements[i]);
     }
-    if (params_.quant_out != nullptr) {
+    InverseRms(rows, inverse_rms);
+    if constexpr (kBranches > 1) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] *= layer_scalar_;
+      for (int b = 0; b < kBranches; ++b) Scale(rows[b], inverse_rms[b], 1 + b);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) rows[0][i] += rows[1][i];
+      float sum_inverse_rms[1];
+      InverseRms(reinterpret_cast<float (&)[1][kCount]>(rows[0]), sum_inverse_rms);
+      inverse_rms[0] = sum_inverse_rms[0];
     }
-    jax_gemma_arf::StoreFromFloat(values, params_.norm_out, jax_gemma_arf::ResidualDtype(params_),
-                                  static_cast<int64_t>(access_id_) * kCount);
+    Scale(rows[0], inverse_rms[0], 0);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) hidden[i] = rows[0][i];
+    if (tail_.residual.data != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) hidden[i] += residual_[i];
+    }
+    if (tail_.layer_scalar.data != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) hidden[i] *= layer_scalar_;
+    }
+  }
+
+  // The norms that the next layers start with, of the row as it was rounded: what they would read.
+  __device__ __forceinline__ void NextNorms(float (&hidden)[kCount], int64_t index) {
+    if (tail_.next_norms == 0) return;
+    float inverse_rms[1];
+    InverseRms(reinterpret_cast<float (&)[1][kCount]>(hidden), inverse_rms);
+    for (int n = 0; n < tail_.next_norms; ++n) {
+      float normed[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) normed[i] = hidden[i];
+      Scale(normed, inverse_rms[0], kOwnScales + n);
+      Write(tail_.normed[n], tail_.out_dtype, index, normed);
+    }
   }
 
  private:
-  __device__ __forceinline__ void LoadResidual() {
-    jax_gemma_arf::LoadAsFloat(residual_, params_.residual_in,
-                               jax_gemma_arf::ResidualDtype(params_),
-                               static_cast<int64_t>(access_id_) * kCount);
+  // values *= inverse_rms * scale n.
+  __device__ __forceinline__ void Scale(float (&values)[kCount], float inverse_rms, int n) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 scale = KeptScale(n, i);
+      values[i] *= inverse_rms * scale.x;
+      values[i + 1] *= inverse_rms * scale.y;
+      values[i + 2] *= inverse_rms * scale.z;
+      values[i + 3] *= inverse_rms * scale.w;
+    }
   }
 
-  AllReduceFusionParams<T> const& params_;
-  int access_id_;
-  float scale_[kCount];
+  template <int kRows>
+  __device__ __forceinline__ void InverseRms(const float (&rows)[kRows][kCount],
+                                             float (&inverse_rms)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      inverse_rms[r] = 0.f;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) inverse_rms[r] += rows[r][i] * rows[r][i];
+    }
+    row_sum_(inverse_rms);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) inverse_rms[r] = rsqrtf(inverse_rms[r] * mean_ + tail_.eps);
+  }
+
+  __device__ __forceinline__ float4& KeptScale(int n, int i) {
+    return scales_[(n * (kCount / 4) + i / 4) * blockDim.x + threadIdx.x];
+  }
+  __device__ __forceinline__ void KeepScale(int n, const Operand& operand, int column) {
+    float scale[kCount];
+    LoadAsFloat(scale, operand, column);
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      KeptScale(n, i) =
+          make_float4(scale[i] + tail_.scale_offset, scale[i + 1] + tail_.scale_offset,
+                      scale[i + 2] + tail_.scale_offset, scale[i + 3] + tail_.scale_offset);
+    }
+  }
+
+  const Tail& tail_;
+  float4* scales_;
+  float mean_;
   float residual_[kCount];
   float layer_scalar_ = 1.f;
-  jax_gemma_arf::RowSum row_sum_;
+  RowSum<kBranches> row_sum_;
 };
 
-}  // namespace flashinfer::trtllm_allreduce_fusion
+}  // namespace jax_gemma_arf

@@ -11,7 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <numeric>
+#include <set>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -20,8 +20,10 @@
 #include <vector>
 
 #include "errors.h"
+#include "file_exchange.h"
 #include "kernels.h"
 #include "nccl_exchange.h"
+#include "watchdog.h"
 #include "workspace.h"
 #include "xla/ffi/api/collectives_api.h"
 
@@ -34,6 +36,10 @@ using ffi::Error;
 using ffi::ErrorOr;
 
 using Groups = std::vector<std::vector<int64_t>>;
+
+// A grid is never limited to fewer blocks than this, the largest cluster, and to more than that, so
+// that a launch that asks for a bound gets one.
+constexpr int kLeastCtas = 8, kMaxCtas = 1024;
 
 // A workspace's parts on one device. In loopback each rank but the first has a stream of its own,
 // forked from and joined to XLA's.
@@ -60,7 +66,7 @@ struct Parts {
 // Lives until the process ends: CUDA graphs and peers hold the addresses.
 class Registry {
  public:
-  // A communicator belongs to one rank of one replica group; loopback has none.
+  // A communicator belongs to one rank of one replica group; loopback has none, or a directory.
   using Key = std::tuple<void* /*communicator*/, int32_t /*device*/, WorkspaceSpec::Key>;
 
   static Registry& Get() {
@@ -71,6 +77,19 @@ class Registry {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = parts_.find(key);
     return found == parts_.end() ? nullptr : found->second.get();
+  }
+  std::vector<WorkspaceReport> Report() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<WorkspaceReport> reports;
+    for (const auto& [key, parts] : parts_) {
+      for (const auto& part : parts->ranks) {
+        const WorkspaceSpec& spec = part->spec();
+        reports.push_back({part->device(), part->rank(), spec.nranks,
+                           spec.algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot",
+                           spec.capacity, WorkspaceLayout(spec).total, part->CheckGuards()});
+      }
+    }
+    return reports;
   }
   const Parts* Insert(const Key& key, std::unique_ptr<Parts> parts) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -98,8 +117,18 @@ struct Call {
   float eps;
   float scale_offset;
   int max_ctas;  // 0: as many as the device holds
+  int branches;
+  bool has_residual;
+  bool has_layer_scalar;
+  int next_norms;
+  // Loopback alone: the ranks that this process holds, the directory where it meets those of
+  // others ("": there are none), and the rank that stays away, for tests.
+  std::vector<int> local_ranks;
+  std::string rendezvous;
+  int absent_rank = -1;
 
   std::mutex mutex;
+  uint32_t name = 0;               // for failures; set with the first of `ready`
   std::map<int32_t, Ready> ready;  // by device ordinal
 
   const Ready* FindReady(int32_t device) {
@@ -113,7 +142,9 @@ ffi::TypeId Call::id = {};
 
 ErrorOr<std::unique_ptr<Call>> Instantiate(std::string_view algorithm, int64_t axis_size,
                                            ffi::Span<const int64_t> replica_groups, float eps,
-                                           float scale_offset, int64_t max_ctas) {
+                                           float scale_offset, int64_t max_ctas, int64_t branches,
+                                           bool has_residual, bool has_layer_scalar,
+                                           int64_t next_norms) {
   auto call = std::make_unique<Call>();
   if (algorithm == "one_shot") {
     call->algorithm = Algorithm::kOneShot;
@@ -134,9 +165,15 @@ ErrorOr<std::unique_ptr<Call>> Instantiate(std::string_view algorithm, int64_t a
     numbers << eps << " and " << scale_offset;
     return Invalid("eps must be positive and finite and scale_offset finite, got " + numbers.str());
   }
-  if (max_ctas != 0 && (max_ctas < 8 || max_ctas > kMaxCtas)) {
-    return Invalid("max_ctas must be 0 or from 8 to " + std::to_string(kMaxCtas) + ", got " +
-                   std::to_string(max_ctas));
+  if (max_ctas != 0 && (max_ctas < kLeastCtas || max_ctas > kMaxCtas)) {
+    return Invalid("max_ctas must be 0 or from " + std::to_string(kLeastCtas) + " to " +
+                   std::to_string(kMaxCtas) + ", got " + std::to_string(max_ctas));
+  }
+  if (branches < 1 || branches > kMaxBranches) {
+    return Invalid("branches must be 1 or 2, got " + std::to_string(branches));
+  }
+  if (next_norms < 0 || next_norms > kMaxNextNorms) {
+    return Invalid("next_norms must be from 0 to 3, got " + std::to_string(next_norms));
   }
   call->nranks = static_cast<int>(axis_size);
   for (auto id = replica_groups.begin(); id != replica_groups.end(); id += axis_size) {
@@ -145,48 +182,93 @@ ErrorOr<std::unique_ptr<Call>> Instantiate(std::string_view algorithm, int64_t a
   call->eps = eps;
   call->scale_offset = scale_offset;
   call->max_ctas = static_cast<int>(max_ctas);
+  call->branches = static_cast<int>(branches);
+  call->has_residual = has_residual;
+  call->has_layer_scalar = has_layer_scalar;
+  call->next_norms = static_cast<int>(next_norms);
   return call;
 }
 
-ErrorOr<Dtype> DtypeOf(const AnyBuffer& buffer, const char* name) {
+ErrorOr<std::unique_ptr<Call>> InstantiateLoopback(
+    std::string_view algorithm, int64_t axis_size, ffi::Span<const int64_t> replica_groups,
+    float eps, float scale_offset, int64_t max_ctas, int64_t branches, bool has_residual,
+    bool has_layer_scalar, int64_t next_norms, ffi::Span<const int64_t> local_ranks,
+    std::string_view rendezvous, int64_t absent_rank) {
+  auto call = Instantiate(algorithm, axis_size, replica_groups, eps, scale_offset, max_ctas,
+                          branches, has_residual, has_layer_scalar, next_norms);
+  if (call.has_error()) return call;
+  (*call)->local_ranks.assign(local_ranks.begin(), local_ranks.end());
+  (*call)->rendezvous = std::string(rendezvous);
+  (*call)->absent_rank = static_cast<int>(absent_rank);
+  for (const int64_t rank : local_ranks) {
+    if (rank < 0 || rank >= axis_size) {
+      return Invalid("local_ranks must be from 0 to " + std::to_string(axis_size - 1) + ", got " +
+                     std::to_string(rank));
+    }
+  }
+  if (absent_rank < -1 || absent_rank >= axis_size) {
+    return Invalid("absent_rank must be -1 or from 0 to " + std::to_string(axis_size - 1) +
+                   ", got " + std::to_string(absent_rank));
+  }
+  if (local_ranks.size() == 0 ||
+      (rendezvous.empty() && static_cast<int64_t>(local_ranks.size()) != axis_size)) {
+    return Invalid("without a rendezvous directory this process must hold all " +
+                   std::to_string(axis_size) + " ranks, got " + std::to_string(local_ranks.size()));
+  }
+  return call;
+}
+
+ErrorOr<Dtype> DtypeOf(const AnyBuffer& buffer, const std::string& name) {
   switch (buffer.element_type()) {
     case ffi::DataType::F32: return Dtype::kFloat32;
     case ffi::DataType::BF16: return Dtype::kBFloat16;
     case ffi::DataType::F16: return Dtype::kFloat16;
     default:
-      return Invalid(std::string(name) + " must be bfloat16, float16 or float32, got XLA type " +
+      return Invalid(name + " must be bfloat16, float16 or float32, got XLA type " +
                      std::to_string(static_cast<int>(buffer.element_type())));
   }
 }
 
-ErrorOr<Operand> OperandOf(const AnyBuffer& buffer, const char* name, int64_t elements) {
+ErrorOr<Operand> OperandOf(const AnyBuffer& buffer, const std::string& name, int64_t elements) {
   if (static_cast<int64_t>(buffer.element_count()) != elements) {
-    return Invalid(std::string(name) + " must have " + std::to_string(elements) +
-                   " elements, got " + std::to_string(buffer.element_count()));
+    return Invalid(name + " must have " + std::to_string(elements) + " elements, got " +
+                   std::to_string(buffer.element_count()));
   }
   ErrorOr<Dtype> dtype = DtypeOf(buffer, name);
   if (dtype.has_error()) return dtype.error();
   if (elements > 1 && reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16 != 0) {
-    return Invalid(std::string(name) + " must be aligned to 16 bytes");  // read 16 bytes at once
+    return Invalid(name + " must be aligned to 16 bytes");  // read 16 bytes at once
   }
   return Operand{buffer.untyped_data(), *dtype};
 }
 
-// Sizes and types of the partial sums of one rank.
-struct Message {
+// The operands of one call on one device, checked. Those that have a part for each rank that the
+// device holds are those of the first.
+struct Arguments {
   KernelKind kind;
   int tokens;
   int hidden;
-  int64_t bytes;
+  const void* x[kMaxBranches];
+  Tail tail;  // but for the results
+
+  int64_t elements() const { return int64_t{tokens} * hidden; }
 };
 
-// x is [tokens, hidden] for each of the `ranks` that this device holds.
-ErrorOr<Message> MessageOf(const Call& call, const AnyBuffer& x, int64_t ranks) {
-  ErrorOr<Dtype> dtype = DtypeOf(x, "x");
+ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args, int64_t ranks) {
+  const int scales = call.branches == 1 ? 1 : 1 + call.branches;
+  const size_t expected =
+      call.branches + scales + call.has_residual + call.has_layer_scalar + call.next_norms;
+  if (args.size() != expected) {
+    return Invalid("expected " + std::to_string(expected) + " operands, got " +
+                   std::to_string(args.size()));
+  }
+  ErrorOr<AnyBuffer> x = args.get<AnyBuffer>(0);
+  if (x.has_error()) return x.error();
+  ErrorOr<Dtype> dtype = DtypeOf(*x, "x");
   if (dtype.has_error()) return dtype.error();
-  const auto dims = x.dimensions();
+  const auto dims = x->dimensions();
   const int64_t hidden = dims.size() == 0 ? 0 : dims.back();
-  const int64_t elements = static_cast<int64_t>(x.element_count());
+  const int64_t elements = static_cast<int64_t>(x->element_count());
   if (hidden % 64 != 0 || hidden < 256 || hidden > 16384) {
     return Invalid("the last dimension of x must be a multiple of 64 from 256 to 16384, got " +
                    std::to_string(hidden));
@@ -195,29 +277,79 @@ ErrorOr<Message> MessageOf(const Call& call, const AnyBuffer& x, int64_t ranks) 
     return Invalid("x must hold " + std::to_string(ranks) + " x [tokens, " +
                    std::to_string(hidden) + "], got " + std::to_string(elements) + " elements");
   }
-  const int64_t bytes = elements / ranks * ItemSize(*dtype);
-  if (bytes > kMaxMessageBytes) {
-    return Invalid("x must have at most " + std::to_string(kMaxMessageBytes) +
-                   " bytes a rank, got " + std::to_string(bytes));
+  const int64_t bytes = elements / ranks * call.branches * ItemSize(*dtype);
+  const int64_t limit = call.algorithm == Algorithm::kOneShot ? kMaxOneShotBytes : kMaxMessageBytes;
+  if (bytes > limit) {
+    return Invalid("x must have at most " + std::to_string(limit) + " bytes a rank, got " +
+                   std::to_string(bytes) + "; use fewer tokens a call");
   }
-  return Message{{call.algorithm, *dtype, call.nranks},
-                 static_cast<int>(elements / ranks / hidden),
-                 static_cast<int>(hidden),
-                 bytes};
+
+  Arguments parsed = {};
+  parsed.kind = {call.algorithm, *dtype, call.nranks, call.branches};
+  parsed.tokens = static_cast<int>(elements / ranks / hidden);
+  parsed.hidden = static_cast<int>(hidden);
+  size_t index = 0;
+  Error error = Error::Success();
+  const auto next = [&](const char* name, int64_t count) -> Operand {
+    if (error.failure()) return {};
+    ErrorOr<AnyBuffer> buffer = args.get<AnyBuffer>(index++);
+    if (buffer.has_error()) return error = buffer.error(), Operand{};
+    ErrorOr<Operand> operand = OperandOf(*buffer, name, count);
+    if (operand.has_error()) return error = operand.error(), Operand{};
+    return *operand;
+  };
+  for (int b = 0; b < call.branches; ++b) {
+    const Operand sums = next("x", elements);
+    if (error.success() && sums.dtype != *dtype) error = Invalid("all x must have one type");
+    parsed.x[b] = sums.data;
+  }
+  if (call.branches > 1) {
+    for (int b = 0; b < call.branches; ++b) {
+      parsed.tail.branch_scale[b] = next("branch norm_scale", hidden);
+    }
+  }
+  parsed.tail.scale = next("norm_scale", hidden);
+  parsed.tail.out_dtype = *dtype;
+  if (call.has_residual) {
+    parsed.tail.residual = next("residual", parsed.elements());
+    parsed.tail.out_dtype = parsed.tail.residual.dtype;
+  }
+  if (call.has_layer_scalar) parsed.tail.layer_scalar = next("layer_scalar", 1);
+  for (int n = 0; n < call.next_norms; ++n) {
+    parsed.tail.next_scale[n] = next("next_norm_scale", hidden);
+  }
+  if (error.failure()) return error;
+  parsed.tail.next_norms = call.next_norms;
+  parsed.tail.eps = call.eps;
+  parsed.tail.scale_offset = call.scale_offset;
+  return parsed;
+}
+
+std::string Summary(const Call& call, const Arguments& arguments) {
+  std::ostringstream text;
+  const char* const dtypes[] = {"float32", "bfloat16", "float16"};
+  text << (call.algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot") << ", " << call.branches
+       << " x [" << arguments.tokens << ", " << arguments.hidden << "] "
+       << dtypes[static_cast<int>(arguments.kind.dtype)] << " over groups";
+  for (const std::vector<int64_t>& group : call.groups) {
+    for (size_t i = 0; i < group.size(); ++i) text << (i == 0 ? " [" : ", ") << group[i];
+    text << "]";
+  }
+  return text.str();
 }
 
 // Agrees with the other ranks on a workspace, found or created, and remembers it for Execute.
-Error MakeReady(Call& call, int32_t device, void* communicator, const AnyBuffer& x,
+Error MakeReady(Call& call, int32_t device, void* communicator, const ffi::RemainingArgs& args,
                 const std::vector<int>& ranks, PeerExchange& exchange) {
-  ErrorOr<Message> message = MessageOf(call, x, ranks.size());
-  if (message.has_error()) return message.error();
-  ErrorOr<WorkspaceSpec> spec = WorkspaceSpec::For(message->kind, message->bytes);
-  if (spec.has_error()) return spec.error();
-
-  const Registry::Key key(communicator, device, spec->key());
+  ErrorOr<Arguments> arguments = ArgumentsOf(call, args, ranks.size());
+  if (arguments.has_error()) return arguments.error();
+  const WorkspaceSpec spec(arguments->kind,
+                           CapacityFor(arguments->kind, arguments->tokens, arguments->hidden,
+                                       arguments->tail.out_dtype));
+  const Registry::Key key(communicator, device, spec.key());
   const Parts* parts = Registry::Get().Find(key);
-  ErrorOr<Agreement> agreement = Agree(*spec, message->kind, message->hidden, ranks,
-                                       parts == nullptr ? nullptr : &parts->ranks, exchange);
+  ErrorOr<Agreement> agreement = Agree(spec, {arguments->kind, arguments->hidden, call.next_norms},
+                                       ranks, parts == nullptr ? nullptr : &parts->ranks, exchange);
   if (agreement.has_error()) return agreement.error();
   if (parts == nullptr) {
     auto created = std::make_unique<Parts>();
@@ -232,12 +364,13 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const AnyBuffer&
   // All blocks of all ranks on a device must be resident together: they wait for each other.
   int max_ctas = std::min<int>(agreement->resident_ctas / ranks.size(), kMaxCtas);
   if (call.max_ctas > 0) max_ctas = std::min(max_ctas, call.max_ctas);
-  if (max_ctas < 8) {
+  if (max_ctas < kLeastCtas) {
     return Internal("the device holds " + std::to_string(agreement->resident_ctas) +
                     " blocks of this kernel, too few for " + std::to_string(ranks.size()) +
-                    " ranks of at least 8");
+                    " ranks of at least " + std::to_string(kLeastCtas));
   }
   const std::lock_guard<std::mutex> lock(call.mutex);
+  if (call.ready.empty()) call.name = NameCall(Summary(call, *arguments));
   call.ready[device] = Ready{parts, max_ctas};
   return Error::Success();
 }
@@ -256,8 +389,8 @@ Error PrepareMesh(CommunicatorContext collectives, Call* call) {
                                          kCommunicationId);
 }
 
-Error InitializeMesh(int32_t device, CommunicatorContext collectives, Call* call, AnyBuffer x,
-                     ffi::RemainingArgs) {
+Error InitializeMesh(int32_t device, CommunicatorContext collectives, Call* call,
+                     ffi::RemainingArgs args) {
   if (call->FindReady(device) != nullptr) return Error::Success();
   auto communicator =
       collectives.GetCommunicator(ffi::GroupMode::kFlattenedId, call->groups, kCommunicationId);
@@ -268,7 +401,7 @@ Error InitializeMesh(int32_t device, CommunicatorContext collectives, Call* call
     return Internal("XLA's communicator has " + std::to_string((*exchange)->size()) +
                     " ranks where the replica groups have " + std::to_string(call->nranks));
   }
-  return MakeReady(*call, device, *communicator, x, {(*exchange)->rank()}, **exchange);
+  return MakeReady(*call, device, *communicator, args, {(*exchange)->rank()}, **exchange);
 }
 
 // All ranks are this thread's, so their records are all there are.
@@ -280,93 +413,121 @@ class LoopbackExchange : public PeerExchange {
   }
 };
 
-Error InitializeLoopback(int32_t device, Call* call, AnyBuffer x, ffi::RemainingArgs) {
+Error InitializeLoopback(int32_t device, Call* call, ffi::RemainingArgs args) {
   // No communicator orders two threads here, and only one may create.
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   if (call->FindReady(device) != nullptr) return Error::Success();
-  std::vector<int> ranks(call->nranks);
-  std::iota(ranks.begin(), ranks.end(), 0);
-  LoopbackExchange exchange;
-  return MakeReady(*call, device, nullptr, x, ranks, exchange);
+  if (call->rendezvous.empty()) {
+    LoopbackExchange exchange;
+    return MakeReady(*call, device, nullptr, args, call->local_ranks, exchange);
+  }
+  // The directory stands for the communicator: its name's address tells groups apart.
+  static std::set<std::string> directories;
+  const std::string& directory = *directories.insert(call->rendezvous).first;
+  FileExchange exchange(directory, call->local_ranks, call->nranks);
+  return MakeReady(*call, device, const_cast<std::string*>(&directory), args, call->local_ranks,
+                   exchange);
 }
 
 std::atomic<int64_t> enqueued{0};
 
-Error Execute(cudaStream_t stream, int32_t device, Call* call, AnyBuffer x, AnyBuffer residual,
-              AnyBuffer norm_scale, ffi::RemainingArgs rest, ffi::Result<AnyBuffer> out) {
+Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArgs args,
+              ffi::RemainingRets rets) {
   const Ready* ready = call->FindReady(device);
   if (ready == nullptr) {
     return Internal("Execute before Initialize on device " + std::to_string(device));
   }
   const Parts& parts = *ready->parts;
   const int64_t ranks = parts.ranks.size();
-  ErrorOr<Message> message = MessageOf(*call, x, ranks);
-  if (message.has_error()) return message.error();
-  const WorkspaceSpec& spec = parts.ranks[0]->spec();
-  if (message->bytes > spec.capacity_bytes || ItemSize(message->kind.dtype) != spec.item_size) {
-    return Internal("a message of " + std::to_string(message->bytes) +
-                    " bytes does not fit its workspace of " + std::to_string(spec.capacity_bytes));
+  ErrorOr<Arguments> arguments = ArgumentsOf(*call, args, ranks);
+  if (arguments.has_error()) return arguments.error();
+  const int64_t capacity = parts.ranks[0]->spec().capacity;
+  const int64_t needed =
+      CapacityFor(arguments->kind, arguments->tokens, arguments->hidden, arguments->tail.out_dtype);
+  if (needed > capacity) {
+    return Internal("a message of " + std::to_string(needed) +
+                    " bytes does not fit its workspace of " + std::to_string(capacity));
   }
-  const int64_t elements = int64_t{message->tokens} * message->hidden;
-  ErrorOr<Operand> x_operand = OperandOf(x, "x", elements * ranks);
-  if (x_operand.has_error()) return x_operand.error();
-  ErrorOr<Operand> residual_operand = OperandOf(residual, "residual", elements);
-  if (residual_operand.has_error()) return residual_operand.error();
-  ErrorOr<Operand> scale_operand = OperandOf(norm_scale, "norm_scale", message->hidden);
-  if (scale_operand.has_error()) return scale_operand.error();
-  ErrorOr<Operand> out_operand = OperandOf(*out, "the result", elements * ranks);
-  if (out_operand.has_error()) return out_operand.error();
-  if (out_operand->dtype != residual_operand->dtype) {
-    return Invalid("the result must have residual's type");
+  if (rets.size() != static_cast<size_t>(1 + call->next_norms)) {
+    return Invalid("expected " + std::to_string(1 + call->next_norms) + " results, got " +
+                   std::to_string(rets.size()));
   }
-  Operand layer_scalar;
-  if (rest.size() > 1) return Invalid("expected at most 4 operands");
-  if (rest.size() == 1) {
-    ErrorOr<AnyBuffer> buffer = rest.get<AnyBuffer>(0);
+  char* results[1 + kMaxNextNorms];
+  for (size_t i = 0; i < rets.size(); ++i) {
+    ErrorOr<ffi::Result<AnyBuffer>> buffer = rets.get<AnyBuffer>(i);
     if (buffer.has_error()) return buffer.error();
-    ErrorOr<Operand> operand = OperandOf(*buffer, "layer_scalar", 1);
-    if (operand.has_error()) return operand.error();
-    layer_scalar = *operand;
+    ErrorOr<Operand> result = OperandOf(**buffer, "a result", arguments->elements() * ranks);
+    if (result.has_error()) return result.error();
+    if (result->dtype != arguments->tail.out_dtype) {
+      return Invalid("the results must have residual's type, or x's without a residual");
+    }
+    results[i] = static_cast<char*>((*buffer)->untyped_data());
   }
 
+  const int64_t x_bytes = arguments->elements() * ItemSize(arguments->kind.dtype);
+  const int64_t out_bytes = arguments->elements() * ItemSize(arguments->tail.out_dtype);
   cudaError_t error = cudaSuccess;
   if (ranks > 1) error = cudaEventRecord(parts.fork, stream);
-  for (int64_t i = 0; i < ranks; ++i) {
+  for (int64_t i = 0; i < ranks && error == cudaSuccess; ++i) {
     const RankWorkspace& workspace = *parts.ranks[i];
     const cudaStream_t own = i == 0 ? stream : parts.streams[i - 1];
-    if (error == cudaSuccess && i > 0) error = cudaStreamWaitEvent(own, parts.fork);
-    Launch launch{
-        message->kind,
-        workspace.rank(),
-        message->tokens,
-        message->hidden,
-        ready->max_ctas,
-        workspace.table(),
-        static_cast<const char*>(x_operand->data) + i * message->bytes,
-        {*residual_operand, *scale_operand, layer_scalar,
-         static_cast<char*>(out->untyped_data()) + i * elements * ItemSize(out_operand->dtype),
-         call->eps, call->scale_offset}};
-    if (error == cudaSuccess) error = Enqueue(launch, own);
-    if (error == cudaSuccess) enqueued.fetch_add(1, std::memory_order_relaxed);
+    Launch launch = {};
+    launch.kind = arguments->kind;
+    launch.rank = workspace.rank();
+    launch.tokens = arguments->tokens;
+    launch.hidden = arguments->hidden;
+    launch.max_ctas = ready->max_ctas;
+    launch.call = call->name;
+    launch.timeout_ns = TimeoutNanoseconds();
+    for (int b = 0; b < call->branches; ++b) {
+      launch.x[b] = static_cast<const char*>(arguments->x[b]) + i * x_bytes;
+    }
+    launch.tail = arguments->tail;
+    launch.tail.hidden = results[0] + i * out_bytes;
+    for (int n = 0; n < call->next_norms; ++n) {
+      launch.tail.normed[n] = results[1 + n] + i * out_bytes;
+    }
+    launch.peers = workspace.peers();
+
+    if (i > 0) error = cudaStreamWaitEvent(own, parts.fork);
+    if (error == cudaSuccess && launch.rank != call->absent_rank) {
+      error = Enqueue(launch, own);
+      enqueued.fetch_add(1, std::memory_order_relaxed);
+    }
     if (error == cudaSuccess && i > 0) error = cudaEventRecord(parts.joins[i - 1], own);
   }
   for (int64_t i = 1; i < ranks && error == cudaSuccess; ++i) {
     error = cudaStreamWaitEvent(stream, parts.joins[i - 1]);
   }
   if (error == cudaSuccess) return Error::Success();
-  return Internal(Describe(error, "launching for " + std::to_string(message->tokens) +
-                                      " tokens of " + std::to_string(message->hidden)));
+  return Internal(Describe(error, "launching for " + std::to_string(arguments->tokens) +
+                                      " tokens of " + std::to_string(arguments->hidden)));
 }
 
-XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
-                       ffi::Ffi::BindInstantiate()
-                           .Attr<std::string_view>("algorithm")
-                           .Attr<int64_t>("axis_size")
-                           .Attr<ffi::Span<const int64_t>>("replica_groups")
-                           .Attr<float>("eps")
-                           .Attr<float>("scale_offset")
-                           .Attr<int64_t>("max_ctas"));
+// The attributes of both targets (lowering.py).
+template <typename Binding>
+auto WithAttributes(Binding binding) {
+  return std::move(binding)
+      .template Attr<std::string_view>("algorithm")
+      .template Attr<int64_t>("axis_size")
+      .template Attr<ffi::Span<const int64_t>>("replica_groups")
+      .template Attr<float>("eps")
+      .template Attr<float>("scale_offset")
+      .template Attr<int64_t>("max_ctas")
+      .template Attr<int64_t>("branches")
+      .template Attr<bool>("has_residual")
+      .template Attr<bool>("has_layer_scalar")
+      .template Attr<int64_t>("next_norms");
+}
+
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate, WithAttributes(ffi::Ffi::BindInstantiate()));
+
+XLA_FFI_DEFINE_HANDLER(kInstantiateLoopback, InstantiateLoopback,
+                       WithAttributes(ffi::Ffi::BindInstantiate())
+                           .Attr<ffi::Span<const int64_t>>("local_ranks")
+                           .Attr<std::string_view>("rendezvous")
+                           .Attr<int64_t>("absent_rank"));
 
 XLA_FFI_DEFINE_HANDLER(
     kPrepareMesh, PrepareMesh,
@@ -377,36 +538,31 @@ XLA_FFI_DEFINE_HANDLER(kInitializeMesh, InitializeMesh,
                            .Ctx<ffi::DeviceOrdinal>()
                            .Ctx<ffi::Extension<Collectives>>()
                            .Ctx<ffi::State<Call>>()
-                           .Arg<AnyBuffer>()
                            .RemainingArgs());
 
-XLA_FFI_DEFINE_HANDLER(kInitializeLoopback, InitializeLoopback,
-                       ffi::Ffi::BindInitialize()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Ctx<ffi::State<Call>>()
-                           .Arg<AnyBuffer>()
-                           .RemainingArgs());
+XLA_FFI_DEFINE_HANDLER(
+    kInitializeLoopback, InitializeLoopback,
+    ffi::Ffi::BindInitialize().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::State<Call>>().RemainingArgs());
 
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<cudaStream_t>>()
                            .Ctx<ffi::DeviceOrdinal>()
                            .Ctx<ffi::State<Call>>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
-                           .Arg<AnyBuffer>()
                            .RemainingArgs()
-                           .Ret<AnyBuffer>(),
+                           .RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
 const Target kTargets[2] = {
-    {"jax_gemma_arf.post_ff", kInstantiate, kPrepareMesh, kInitializeMesh, kExecute},
-    {"jax_gemma_arf.loopback_post_ff", kInstantiate, nullptr, kInitializeLoopback, kExecute},
+    {"jax_gemma_arf.tail", kInstantiate, kPrepareMesh, kInitializeMesh, kExecute},
+    {"jax_gemma_arf.loopback_tail", kInstantiateLoopback, nullptr, kInitializeLoopback, kExecute},
 };
 
 int64_t EnqueuedLaunches() { return enqueued.load(); }
+
+std::vector<WorkspaceReport> ReportWorkspaces() { return Registry::Get().Report(); }
 
 ffi::TypeId* CallTypeId() { return &Call::id; }
 

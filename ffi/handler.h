@@ -1,6 +1,10 @@
 // The XLA FFI handlers, for registration.
 #pragma once
 
+#include <cstdint>
+#include <string>
+#include <vector>
+
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_gemma_arf {
@@ -14,12 +18,24 @@ struct Target {
   XLA_FFI_Handler* execute;
 };
 
-// "jax_gemma_arf.post_ff": one rank a device, over a mesh. "jax_gemma_arf.loopback_post_ff": all
-// ranks on one device, on streams of their own; x and the result have a leading axis of ranks.
+// "jax_gemma_arf.tail": one rank a device, over a mesh. "jax_gemma_arf.loopback_tail": all ranks on
+// one device, on streams of their own; partial sums and results have a leading axis of ranks.
 extern const Target kTargets[2];
 
 // Launches that Execute has enqueued or captured in this process. A replayed CUDA graph adds none.
 int64_t EnqueuedLaunches();
+
+// One rank's part of a workspace of this process. damage: "", or what happened to its guard words.
+struct WorkspaceReport {
+  int device;
+  int rank;
+  int nranks;
+  std::string algorithm;
+  int64_t capacity;
+  int64_t bytes;
+  std::string damage;
+};
+std::vector<WorkspaceReport> ReportWorkspaces();
 
 // The state that Instantiate makes; its type must be registered before the targets.
 xla::ffi::TypeId* CallTypeId();

@@ -1,24 +1,227 @@
-// Instantiations of FlashInfer's all-reduce kernels with the Gemma epilogue, and their launch.
+// The kernels, one for each algorithm, and their launch.
 #include "kernels.h"
 
 #include <algorithm>
-#include <array>
+#include <initializer_list>
 #include <type_traits>
 
 #include "epilogue.cuh"
+#include "exchange.cuh"
 
 namespace jax_gemma_arf {
 namespace {
-
-namespace fi = flashinfer::trtllm_allreduce_fusion;
 
 // 672 threads hold a bfloat16 row of 31B (D = 5376) in one block. They are 21 warps, six of them on
 // one quarter of a multiprocessor, whose 16384 registers give each thread 80: the limit that the
 // build sets (CMakeLists.txt), so that every instantiation can launch.
 constexpr int kMaxThreads = 672;
 
-static_assert(kMaxCtas == fi::details::kBarrierFlagCount,
-              "FlashInfer's barrier writes as many flags as it counts, whatever the grid");
+// What one thread holds of the rows that its block (or cluster of blocks) works on.
+template <typename T>
+struct Lane {
+  int column;   // its first element of a row
+  int vector;   // its place among the 16-byte vectors of a row
+  int vectors;  // of a row
+  int first;    // row (one-shot) or group of rows (two-shot) to begin with
+  int step;     // and from one to the next
+
+  __device__ __forceinline__ explicit Lane(const Launch& launch) {
+    auto cluster = cooperative_groups::this_cluster();
+    const int blocks = cluster.num_blocks();
+    vector = cluster.block_rank() * blockDim.x + threadIdx.x;
+    vectors = blocks * blockDim.x;
+    column = vector * (kVectorBytes / sizeof(T));
+    first = blockIdx.x / blocks;
+    step = gridDim.x / blocks;
+  }
+};
+
+// This thread's 16 bytes of a row of partial sums.
+template <typename T>
+__device__ __forceinline__ Words<4> LoadX(const void* x, int64_t row, const Lane<T>& lane) {
+  return static_cast<const Words<4>*>(x)[row * lane.vectors + lane.vector];
+}
+
+// The call's number on this workspace, for all threads; see CountCall.
+__device__ __forceinline__ uint32_t ReadCall(const Launch& launch) {
+  return *static_cast<volatile uint32_t*>(&launch.peers.control->generation);
+}
+
+// The block that comes last, when all have read the number, sets the next one.
+__device__ __forceinline__ void CountCall(const Launch& launch, uint32_t call) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  Control* control = launch.peers.control;
+  if (atomicAdd(&control->arrived, 1) == gridDim.x - 1) {
+    control->arrived = 0;
+    control->generation = call + 1;
+  }
+}
+
+// Sums the ranks' shares of a row, in float32 in rank order, and rounds once to T. `slot` is where
+// source 0's share arrives in this rank's memory. kInFlight shares are on their way at a time.
+template <typename T, int kRanks, int kInFlight>
+__device__ __forceinline__ Packed<T, kVectorBytes / sizeof(T)> Reduce(const Launch& launch,
+                                                                      char* slot,
+                                                                      int64_t source_bytes,
+                                                                      const Words<4>& own) {
+  constexpr int kCount = kVectorBytes / sizeof(T);
+  float sum[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum[i] = 0.f;
+#pragma unroll
+  for (int begin = 0; begin < kRanks; begin += kInFlight) {
+    Words<4> shares[kInFlight];
+#pragma unroll
+    for (int s = 0; s < kInFlight; ++s) {
+      shares[s] = own;
+      if (begin + s != launch.rank) {
+        shares[s] = LoadRelaxed<4>(slot + (begin + s) * source_bytes);
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kInFlight; ++s) {
+      const int r = begin + s;
+      Packed<T, kCount> share;
+      share.words = shares[s];
+      if (r != launch.rank) share.words = Receive(slot + r * source_bytes, shares[s], launch, r);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sum[i] += static_cast<float>(share.elements[i]);
+    }
+  }
+  Packed<T, kCount> row;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) row.elements[i] = static_cast<T>(sum[i]);
+  return row;
+}
+
+template <typename T, int kRanks, int kBranches>
+__global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
+  constexpr int kCount = kVectorBytes / sizeof(T);
+  extern __shared__ float4 scales[];
+  const Lane<T> lane(launch);
+  const uint32_t call = ReadCall(launch);
+  const SlotMap map(launch, call);
+  const auto slot = [&](int owner, int source, int branch, int token) {
+    const int64_t row = int64_t{branch} * launch.tokens + token;
+    return launch.peers.slots[owner] + map.generation + source * map.source +
+           (row * lane.vectors + lane.vector) * kVectorBytes;
+  };
+
+  for (int token = lane.first; token < launch.tokens; token += lane.step) {
+#pragma unroll 1
+    for (int b = 0; b < kBranches; ++b) {
+      const Words<4> own = LoadX(launch.x[b], token, lane);
+#pragma unroll 1
+      for (int r = 0; r < kRanks; ++r) {
+        if (r != launch.rank) Push(slot(r, launch.rank, b, token), own);
+      }
+    }
+  }
+  CountCall(launch, call);
+
+  Epilogue<T, kBranches> epilogue(launch.tail, launch.hidden, lane.column, scales);
+  for (int token = lane.first; token < launch.tokens; token += lane.step) {
+    const int64_t index = int64_t{token} * launch.hidden + lane.column;
+    if constexpr (kBranches == 1) epilogue.Prefetch(index);
+    Packed<T, kCount> rows[kBranches];
+#pragma unroll
+    for (int b = 0; b < kBranches; ++b) {
+      rows[b] = Reduce<T, kRanks, kBranches == 1 ? kRanks : 2>(
+          launch, slot(launch.rank, 0, b, token), map.source, LoadX(launch.x[b], token, lane));
+    }
+    if constexpr (kBranches > 1) epilogue.Prefetch(index);  // earlier it would spill
+    float hidden[kCount];
+    epilogue.Hidden(rows, hidden);
+    Write(launch.tail.hidden, launch.tail.out_dtype, index, hidden);
+    epilogue.NextNorms(hidden, index);
+  }
+}
+
+// Row g * kRanks + r of group g is rank r's. A block sends the partial sums of one group, computes
+// its own row of the group before and collects the other rows of the one before that, so that
+// something is always on the wire.
+template <typename T, int kRanks, int kBranches>
+__global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
+  constexpr int kCount = kVectorBytes / sizeof(T);
+  extern __shared__ float4 scales[];
+  const Lane<T> lane(launch);
+  const uint32_t call = ReadCall(launch);
+  CountCall(launch, call);
+  const SlotMap map(launch, call);
+  const int groups = (launch.tokens + kRanks - 1) / kRanks;
+  const auto share_slot = [&](int owner, int source, int branch, int group) {
+    const int64_t row = int64_t{branch} * groups + group;
+    return launch.peers.slots[owner] + map.generation + source * map.source +
+           (row * lane.vectors + lane.vector) * kVectorBytes;
+  };
+  const auto row_slot = [&](int receiver, int64_t index) {
+    return launch.peers.slots[receiver] + map.rows + index * ItemSize(launch.tail.out_dtype);
+  };
+
+  const auto send = [&](int group) {
+#pragma unroll 1
+    for (int r = 0; r < kRanks; ++r) {
+      const int token = group * kRanks + r;
+      if (r == launch.rank || token >= launch.tokens) continue;
+#pragma unroll 1
+      for (int b = 0; b < kBranches; ++b) {
+        Push(share_slot(r, launch.rank, b, group), LoadX(launch.x[b], token, lane));
+      }
+    }
+  };
+
+  Epilogue<T, kBranches> epilogue(launch.tail, launch.hidden, lane.column, scales);
+  const auto compute = [&](int group) {
+    const int token = group * kRanks + launch.rank;
+    if (token >= launch.tokens) return;
+    const int64_t index = int64_t{token} * launch.hidden + lane.column;
+    epilogue.Prefetch(index);
+    Packed<T, kCount> rows[kBranches];
+#pragma unroll
+    for (int b = 0; b < kBranches; ++b) {
+      rows[b] = Reduce<T, kRanks, std::min(kRanks, 4)>(launch, share_slot(launch.rank, 0, b, group),
+                                                       map.source, LoadX(launch.x[b], token, lane));
+    }
+    float hidden[kCount];
+    epilogue.Hidden(rows, hidden);
+    Write(launch.tail.hidden, launch.tail.out_dtype, index, hidden, [&](const auto& words) {
+#pragma unroll 1
+      for (int r = 0; r < kRanks; ++r) {
+        if (r != launch.rank) Push(row_slot(r, index), words);
+      }
+    });
+    epilogue.NextNorms(hidden, index);
+  };
+
+  const auto collect = [&](int group) {
+    for (int r = 0; r < kRanks; ++r) {
+      const int token = group * kRanks + r;
+      if (r == launch.rank || token >= launch.tokens) continue;
+      const int64_t index = int64_t{token} * launch.hidden + lane.column;
+      float hidden[kCount];
+      VisitDtype(launch.tail.out_dtype, [&](auto zero) {
+        using S = decltype(zero);
+        using Row = Packed<S, kCount>;
+        char* const slot = row_slot(launch.rank, index);
+        Row row;
+        row.words = Receive(slot, LoadRelaxed<Row::kWords>(slot), launch, r);
+        *reinterpret_cast<Words<Row::kWords>*>(static_cast<S*>(launch.tail.hidden) + index) =
+            row.words;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) hidden[i] = static_cast<float>(row.elements[i]);
+      });
+      epilogue.NextNorms(hidden, index);
+    }
+  };
+
+  for (int group = lane.first; group < groups + 2 * lane.step; group += lane.step) {
+    const int computed = group - lane.step, collected = computed - lane.step;
+    if (group < groups) send(group);
+    if (computed >= 0 && computed < groups) compute(computed);
+    if (collected >= 0) collect(collected);
+  }
+}
 
 // A row is 16 bytes a thread: one block if it fits, else a cluster of 2, 4 or 8. The choice depends
 // on hidden and the dtype alone, and with it the order of the float32 row sum.
@@ -28,10 +231,16 @@ struct RowShape {
 };
 
 RowShape ShapeOfRow(Dtype dtype, int hidden) {
-  const int threads = hidden * ItemSize(dtype) / fi::details::kBytesPerAccess;
+  const int threads = hidden * ItemSize(dtype) / kVectorBytes;
   int cluster = 1;
   while (threads / cluster > kMaxThreads) cluster *= 2;
   return {threads / cluster, cluster};
+}
+
+// Shared memory of a block: the scales of its norms (Epilogue).
+int SharedBytes(const KernelKind& kind, int threads, int next_norms) {
+  const int rows = (kind.branches == 1 ? 1 : 1 + kind.branches) + next_norms;
+  return rows * threads * (kVectorBytes / ItemSize(kind.dtype)) * static_cast<int>(sizeof(float));
 }
 
 cudaLaunchAttribute ClusterAttribute(const RowShape& shape) {
@@ -41,60 +250,25 @@ cudaLaunchAttribute ClusterAttribute(const RowShape& shape) {
   return attribute;
 }
 
-template <typename T, int kRanks>
+template <typename T, int kRanks, int kBranches>
 const void* KernelAs(Algorithm algorithm) {
-  constexpr bool kFloatSum = !std::is_same_v<T, float>;  // float is summed in float anyway
   return algorithm == Algorithm::kOneShot
-             ? reinterpret_cast<const void*>(
-                   fi::allreduce_fusion_kernel_oneshot_lamport<kGemmaPattern, T, kRanks, kFloatSum>)
-             : reinterpret_cast<const void*>(
-                   fi::allreduce_fusion_kernel_twoshot_sync<kGemmaPattern, T, kRanks, kFloatSum>);
+             ? reinterpret_cast<const void*>(FusedTailOneShot<T, kRanks, kBranches>)
+             : reinterpret_cast<const void*>(FusedTailTwoShot<T, kRanks, kBranches>);
 }
 
-template <typename T, int kRanks>
-cudaError_t EnqueueAs(const Launch& launch, cudaStream_t stream) {
-  const RowShape shape = ShapeOfRow(launch.kind.dtype, launch.hidden);
-  FusionParams<T> params{};
-  params.nranks = kRanks;
-  params.rank = launch.rank;
-  params.size = launch.tokens * launch.hidden;
-  params.hidden_dim = launch.hidden;
-  params.workspace = launch.workspace;
-  params.allreduce_in = const_cast<void*>(launch.x);
-  SetEpilogue(params, launch.epilogue);
-
-  // Two-shot: rank r reduces tokens [begin[r], begin[r] + count[r]).
-  std::array<int, kRanks> begin{}, count{};
-  int rows = launch.tokens;
-  void* args[] = {&params, &begin, &count};
-  if (launch.kind.algorithm == Algorithm::kTwoShot) {
-    rows = (launch.tokens + kRanks - 1) / kRanks;
-    for (int r = 0, next = 0; r < kRanks; ++r) {
-      begin[r] = next;
-      count[r] = launch.tokens / kRanks + (r < launch.tokens % kRanks ? 1 : 0);
-      next += count[r];
-    }
-  }
-
-  cudaLaunchAttribute cluster = ClusterAttribute(shape);
-  cudaLaunchConfig_t config{};
-  const int clusters = std::min(rows, std::min(launch.max_ctas, kMaxCtas) / shape.cluster);
-  config.gridDim = dim3(clusters * shape.cluster);
-  config.blockDim = dim3(shape.threads);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelExC(&config, KernelAs<T, kRanks>(launch.kind.algorithm), args);
-}
-
-// Calls `visit` with a T and an integral constant for the ranks.
-template <typename Visit>
-auto Dispatch(const KernelKind& kind, Visit visit) {
+const void* KernelOf(const KernelKind& kind) {
+  const auto branches = [&](auto t, auto ranks) {
+    using T = decltype(t);
+    constexpr int kRanks = decltype(ranks)::value;
+    return kind.branches == 1 ? KernelAs<T, kRanks, 1>(kind.algorithm)
+                              : KernelAs<T, kRanks, 2>(kind.algorithm);
+  };
   const auto ranks = [&](auto t) {
     switch (kind.nranks) {
-      case 2: return visit(t, std::integral_constant<int, 2>{});
-      case 4: return visit(t, std::integral_constant<int, 4>{});
-      default: return visit(t, std::integral_constant<int, 8>{});
+      case 2: return branches(t, std::integral_constant<int, 2>{});
+      case 4: return branches(t, std::integral_constant<int, 4>{});
+      default: return branches(t, std::integral_constant<int, 8>{});
     }
   };
   switch (kind.dtype) {
@@ -104,48 +278,52 @@ auto Dispatch(const KernelKind& kind, Visit visit) {
   }
 }
 
-const void* KernelOf(const KernelKind& kind) {
-  return Dispatch(kind, [&](auto t, auto ranks) {
-    return KernelAs<decltype(t), decltype(ranks)::value>(kind.algorithm);
-  });
-}
-
-__global__ void FillNegativeZeroKernel(uint32_t* words, int64_t count, uint32_t pattern) {
-  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += stride) {
-    words[i] = pattern;
-  }
-}
-
 }  // namespace
 
 cudaError_t Enqueue(const Launch& launch, cudaStream_t stream) {
-  return Dispatch(launch.kind, [&](auto t, auto ranks) {
-    return EnqueueAs<decltype(t), decltype(ranks)::value>(launch, stream);
-  });
+  const RowShape shape = ShapeOfRow(launch.kind.dtype, launch.hidden);
+  const bool one_shot = launch.kind.algorithm == Algorithm::kOneShot;
+  const int units =
+      one_shot ? launch.tokens : (launch.tokens + launch.kind.nranks - 1) / launch.kind.nranks;
+  cudaLaunchAttribute cluster = ClusterAttribute(shape);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(std::min(units, launch.max_ctas / shape.cluster) * shape.cluster);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = SharedBytes(launch.kind, shape.threads, launch.tail.next_norms);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  void* args[] = {const_cast<Launch*>(&launch)};
+  return cudaLaunchKernelExC(&config, KernelOf(launch.kind), args);
 }
 
 cudaError_t Preload() {
-  cudaFuncAttributes attributes;  // asking for them loads a kernel
-  cudaError_t error = cudaFuncGetAttributes(&attributes, FillNegativeZeroKernel);
+  cudaError_t error = cudaSuccess;
   for (const Algorithm algorithm : {Algorithm::kOneShot, Algorithm::kTwoShot}) {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
       for (const int nranks : {2, 4, 8}) {
-        if (error != cudaSuccess) return error;
-        error = cudaFuncGetAttributes(&attributes, KernelOf({algorithm, dtype, nranks}));
+        for (const int branches : {1, 2}) {
+          if (error != cudaSuccess) return error;
+          const KernelKind kind{algorithm, dtype, nranks, branches};
+          // Setting an attribute loads the kernel.
+          error = cudaFuncSetAttribute(KernelOf(kind), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       SharedBytes(kind, kMaxThreads, kMaxNextNorms));
+        }
       }
     }
   }
   return error;
 }
 
-cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int* ctas) {
+cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int next_norms, int* ctas) {
   const RowShape shape = ShapeOfRow(kind.dtype, hidden);
+  const int shared = SharedBytes(kind, shape.threads, next_norms);
   if (shape.cluster > 1) {
     cudaLaunchAttribute cluster = ClusterAttribute(shape);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(shape.cluster);
     config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shared;
     config.attrs = &cluster;
     config.numAttrs = 1;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(ctas, KernelOf(kind), &config);
@@ -154,20 +332,13 @@ cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int* ctas) {
   }
   int device = 0, multiprocessors = 0;
   cudaError_t error =
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, KernelOf(kind), shape.threads, 0);
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, KernelOf(kind), shape.threads, shared);
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   *ctas *= multiprocessors;
   return error;
-}
-
-cudaError_t FillNegativeZero(void* buffer, int64_t bytes, int item_size, cudaStream_t stream) {
-  const uint32_t pattern = item_size == 4 ? 0x80000000u : 0x80008000u;
-  FillNegativeZeroKernel<<<256, 256, 0, stream>>>(static_cast<uint32_t*>(buffer), bytes / 4,
-                                                  pattern);
-  return cudaGetLastError();
 }
 
 }  // namespace jax_gemma_arf

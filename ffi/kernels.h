@@ -9,17 +9,23 @@ namespace jax_gemma_arf {
 
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-inline int ItemSize(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+__host__ __device__ constexpr int ItemSize(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// kOneShot: every rank pushes its whole input to every peer (Lamport, no barrier).
-// kTwoShot: reduce-scatter, then all-gather, between barriers.
+// kOneShot: every rank pushes its partial sums to every peer, and all compute every row.
+// kTwoShot: every row has one owner, which all ranks push to; it computes the row and pushes the
+// result to all.
 enum class Algorithm : int32_t { kOneShot = 0, kTwoShot = 1 };
+
+inline constexpr int kMaxRanks = 8;
+inline constexpr int kMaxBranches = 2;
+inline constexpr int kMaxNextNorms = 3;
 
 // One class of kernel: everything that selects an instantiation.
 struct KernelKind {
   Algorithm algorithm;
-  Dtype dtype;  // of the partial sums
-  int nranks;   // 2, 4 or 8
+  Dtype dtype;   // of the partial sums
+  int nranks;    // 2, 4 or 8
+  int branches;  // partial sums per token: 1, or 2 (dense and experts)
 };
 
 struct Operand {
@@ -27,41 +33,82 @@ struct Operand {
   Dtype dtype = Dtype::kFloat32;
 };
 
-// out = (rmsnorm(row) * (scale_offset + norm_scale) + residual) * layer_scalar
-struct Epilogue {
-  Operand residual;      // [tokens, hidden]
-  Operand norm_scale;    // [hidden]
-  Operand layer_scalar;  // one element, or data == nullptr for 1
-  void* out;             // [tokens, hidden], residual's dtype
+// What becomes of a reduced row. With one branch:
+//
+//     hidden = (rmsnorm(row) * scale + residual) * layer_scalar
+//     normed[i] = rmsnorm(hidden) * next_scale[i]
+//
+// With two, the sum of rmsnorm(row[i]) * branch_scale[i] takes the place of row. To every scale
+// scale_offset is added; no residual is 0, no layer_scalar is 1.
+struct Tail {
+  Operand branch_scale[kMaxBranches];  // [hidden] each; only with two branches
+  Operand scale;                       // [hidden]
+  Operand residual;                    // [tokens, hidden], or data == nullptr
+  Operand layer_scalar;                // one element, or data == nullptr
+  Operand next_scale[kMaxNextNorms];   // [hidden] each
+  int next_norms;
+  Dtype out_dtype;
+  void* hidden;                 // [tokens, hidden]
+  void* normed[kMaxNextNorms];  // [tokens, hidden] each
   float eps;
   float scale_offset;
+};
+
+// Device memory of one rank that tells one call from the next, and counts the blocks of a launch
+// that have looked at it.
+struct Control {
+  uint32_t generation;
+  uint32_t arrived;
+};
+
+// One rank's view of a workspace (workspace.h).
+struct Peers {
+  char* slots[kMaxRanks];  // of every rank, mapped here
+  int64_t capacity;        // bytes of the largest message
+  Control* control;        // this rank's own
+  uint64_t* failure;       // host memory: 0, or what EncodeFailure makes of a wait that ended
 };
 
 struct Launch {
   KernelKind kind;
   int rank;
   int tokens;
-  int hidden;        // a multiple of 64 from 256 to 16384
-  int max_ctas;      // upper bound on thread blocks; at least 8
-  void** workspace;  // device table, see workspace.h
-  const void* x;     // [tokens, hidden] partial sums of this rank
-  Epilogue epilogue;
+  int hidden;                   // a multiple of 64 from 256 to 16384
+  int max_ctas;                 // upper bound on thread blocks; at least 8
+  uint32_t call;                // names the call in a failure
+  uint64_t timeout_ns;          // how long to wait for a peer; 0: for ever
+  const void* x[kMaxBranches];  // [tokens, hidden] partial sums of this rank
+  Tail tail;
+  Peers peers;
 };
 
-// The most blocks of the two-shot kernel that have a barrier flag.
-inline constexpr int kMaxCtas = 256;
+// A wait that ended, in the one word that a kernel can write without tearing.
+struct Failure {
+  int rank;
+  int source;  // the rank that did not come
+  uint32_t call;
+};
+__host__ __device__ constexpr uint64_t EncodeFailure(const Failure& failure) {
+  return uint64_t{1} << 63 | uint64_t{failure.call} << 16 |
+         static_cast<uint64_t>(failure.rank) << 8 | static_cast<uint64_t>(failure.source);
+}
+constexpr Failure DecodeFailure(uint64_t word) {
+  return {static_cast<int>(word >> 8 & 0xff), static_cast<int>(word & 0xff),
+          static_cast<uint32_t>(word >> 16)};
+}
+
+// What fills a slot that nothing has arrived in: every bit set, a NaN in all three dtypes.
+inline constexpr int kEmptyByte = 0xff;
 
 // Enqueues exactly one kernel. Neither allocates nor synchronises, so it can be captured.
 cudaError_t Enqueue(const Launch& launch, cudaStream_t stream);
 
 // Loads every kernel of this library on the current device. CUDA otherwise loads a kernel at its
-// first launch, which can need a device on which a peer's kernel already spins (hazard 29).
+// first launch, which can need a device on which a peer's kernel already waits (hazard 29).
 cudaError_t Preload();
 
-// How many blocks of this kernel, for rows of `hidden` elements, the current device holds at once.
-cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int* ctas);
-
-// Fills `bytes` (a multiple of 4) with -0.0, which the one-shot kernel reads as "not arrived yet".
-cudaError_t FillNegativeZero(void* buffer, int64_t bytes, int item_size, cudaStream_t stream);
+// How many blocks of this kernel, for rows of `hidden` elements and so many next norms, the current
+// device holds at once.
+cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int next_norms, int* ctas);
 
 }  // namespace jax_gemma_arf

@@ -1,6 +1,7 @@
 // The Python face of the compiled part: handlers to register, and what this machine's GPUs can do.
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "handler.h"
+#include "watchdog.h"
 #include "workspace.h"
 
 namespace nb = nanobind;
@@ -67,12 +69,26 @@ std::vector<std::vector<bool>> NvlinkPeers() {
   return peers;
 }
 
-int64_t WorkspaceBytes(bool one_shot, int nranks, int item_size, int64_t message_bytes) {
-  const KernelKind kind{one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot,
-                        item_size == 4 ? Dtype::kFloat32 : Dtype::kBFloat16, nranks};
-  const auto spec = WorkspaceSpec::For(kind, message_bytes);
-  if (spec.has_error()) throw nb::value_error(spec.error().message().c_str());
-  return WorkspaceLayout(*spec).total;
+int64_t WorkspaceBytes(bool one_shot, int nranks, int64_t message_bytes) {
+  const KernelKind kind{one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot, Dtype::kBFloat16,
+                        nranks, 1};
+  return WorkspaceLayout(WorkspaceSpec(kind, message_bytes)).total;
+}
+
+nb::list Workspaces() {
+  nb::list all;
+  for (const WorkspaceReport& report : ReportWorkspaces()) {
+    nb::dict one;
+    one["device"] = report.device;
+    one["rank"] = report.rank;
+    one["nranks"] = report.nranks;
+    one["algorithm"] = report.algorithm;
+    one["capacity"] = report.capacity;
+    one["bytes"] = report.bytes;
+    one["damage"] = report.damage;
+    all.append(one);
+  }
+  return all;
 }
 
 }  // namespace
@@ -81,9 +97,8 @@ int64_t WorkspaceBytes(bool one_shot, int nranks, int item_size, int64_t message
 NB_MODULE(_ffi, module) {
   using namespace jax_gemma_arf;
   module.attr("__version__") = JAX_GEMMA_ARF_VERSION;
-  module.attr("flashinfer_version") = JAX_GEMMA_ARF_FLASHINFER_VERSION;
   module.attr("max_message_bytes") = kMaxMessageBytes;
-  module.attr("max_lamport_bytes") = kMaxLamportBytes;
+  module.attr("max_one_shot_bytes") = kMaxOneShotBytes;
   module.def("registrations", &Registrations,
              "Custom call targets: {name: {stage: capsule}}, for jax.ffi.register_ffi_target.");
   module.def("type_registrations", &TypeRegistrations,
@@ -93,6 +108,10 @@ NB_MODULE(_ffi, module) {
   module.def("enqueued_launches", &EnqueuedLaunches,
              "Launches enqueued or captured so far; a replayed CUDA graph adds none.");
   module.def("workspace_bytes", &WorkspaceBytes, nb::arg("one_shot"), nb::arg("nranks"),
-             nb::arg("item_size"), nb::arg("message_bytes"),
-             "Device memory that one rank's workspace takes for a message of this many bytes.");
+             nb::arg("message_bytes"),
+             "Device memory that one rank's workspace takes for messages of this many bytes.");
+  module.def("workspaces", &Workspaces,
+             "Every rank's part of a workspace in this process; reads the guard words.");
+  module.def("set_timeout", &SetTimeout, nb::arg("seconds"),
+             "How long kernels enqueued from now on wait for a peer; 0 for ever.");
 }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "errors.h"
+#include "watchdog.h"
 
 namespace jax_gemma_arf {
 namespace {
@@ -16,6 +17,7 @@ using ::xla::ffi::ErrorOr;
 
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kSmallestCapacity = int64_t{64} << 10;
+constexpr int kGuardByte = 0xa5;
 
 int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -27,8 +29,9 @@ int64_t ProcessToken() {
   return token;
 }
 
-void SetFailure(PeerRecord& record, const std::string& failure) {
-  std::strncpy(record.failure, failure.c_str(), sizeof(record.failure) - 1);
+template <size_t kSize>
+void CopyText(char (&to)[kSize], const std::string& from) {
+  std::strncpy(to, from.c_str(), kSize - 1);
 }
 
 // The error that every rank returns if any rank failed, or if they are out of step.
@@ -39,6 +42,15 @@ Error Vote(const std::vector<PeerRecord>& records) {
     if (failure.empty() && record.has_workspace != records[0].has_workspace) {
       failure = "it has a workspace where rank 0 has none, or the other way round";
     }
+    if (failure.empty() && std::strcmp(record.version, records[0].version) != 0) {
+      failure = std::string("its jax_gemma_arf is ") + record.version + " where rank 0's is " +
+                records[0].version;
+    }
+    if (failure.empty() && record.multiprocessors != records[0].multiprocessors) {
+      failure = "it has another kind of GPU than rank 0 (" +
+                std::to_string(record.multiprocessors) + " multiprocessors, not " +
+                std::to_string(records[0].multiprocessors) + ")";
+    }
     if (failure.empty()) continue;
     return Internal("the ranks of this replica group did not agree on a workspace: rank " +
                     std::to_string(rank) + " of " + std::to_string(records.size()) +
@@ -48,8 +60,9 @@ Error Vote(const std::vector<PeerRecord>& records) {
 }
 
 // The facts of the current device that the peers must know.
-std::string FillFacts(const KernelKind& kind, int hidden, PeerRecord* record) {
+std::string FillFacts(const CallShape& call, PeerRecord* record) {
   record->process = ProcessToken();
+  CopyText(record->version, JAX_GEMMA_ARF_VERSION);
   std::string failure = Describe(cudaGetDevice(&record->device), "cudaGetDevice");
   if (failure.empty()) {
     failure = Describe(cudaDeviceGetAttribute(&record->multiprocessors,
@@ -58,105 +71,104 @@ std::string FillFacts(const KernelKind& kind, int hidden, PeerRecord* record) {
   }
   if (failure.empty()) failure = Describe(Preload(), "loading the kernels");
   if (failure.empty()) {
-    failure = Describe(ResidentCtas(kind, hidden, &record->resident_ctas),
-                       "asking for the kernel's occupancy");
+    failure =
+        Describe(ResidentCtas(call.kind, call.hidden, call.next_norms, &record->resident_ctas),
+                 "asking for the kernel's occupancy");
   }
   return failure;
 }
 
 }  // namespace
 
-ErrorOr<WorkspaceSpec> WorkspaceSpec::For(const KernelKind& kind, int64_t message_bytes) {
-  WorkspaceSpec spec{kind.algorithm, kind.nranks, ItemSize(kind.dtype), kSmallestCapacity};
-  while (spec.capacity_bytes < message_bytes) spec.capacity_bytes *= 2;
+int64_t CapacityFor(const KernelKind& kind, int tokens, int hidden, Dtype out_dtype) {
   const bool one_shot = kind.algorithm == Algorithm::kOneShot;
-  if (spec.capacity_bytes > kMaxMessageBytes ||
-      (one_shot && spec.capacity_bytes * spec.nranks > kMaxLamportBytes)) {
-    return Invalid("a message of " + std::to_string(message_bytes) + " bytes over " +
-                   std::to_string(spec.nranks) + " ranks is above the cap of " +
-                   std::to_string(one_shot ? kMaxLamportBytes / spec.nranks : kMaxMessageBytes) +
-                   " bytes for " + (one_shot ? "one-shot" : "two-shot") +
-                   "; use fewer tokens per call");
-  }
-  return spec;
+  const int64_t groups = (int64_t{tokens} + kind.nranks - 1) / kind.nranks;
+  const int64_t rows = kind.branches * (one_shot ? tokens : groups * kind.nranks);
+  return std::max(rows * hidden * ItemSize(kind.dtype),
+                  one_shot ? 0 : int64_t{tokens} * hidden * ItemSize(out_dtype));
+}
+
+WorkspaceSpec::WorkspaceSpec(const KernelKind& kind, int64_t least_capacity)
+    : algorithm(kind.algorithm), nranks(kind.nranks), capacity(kSmallestCapacity) {
+  while (capacity < least_capacity) capacity *= 2;
 }
 
 WorkspaceLayout::WorkspaceLayout(const WorkspaceSpec& spec) {
-  flags = Align(5 * sizeof(int32_t));
-  data = flags + Align(int64_t{kMaxCtas} * spec.nranks * sizeof(int32_t));
-  if (spec.algorithm == Algorithm::kOneShot) generation = spec.nranks * spec.capacity_bytes;
-  table = data + Align(generation > 0 ? 3 * generation : 2 * spec.capacity_bytes);
-  total = table + Align((3 * spec.nranks + 1) * sizeof(void*));
+  const bool one_shot = spec.algorithm == Algorithm::kOneShot;
+  front_guard = Align(sizeof(Control));
+  slots = front_guard + Align(kGuardBytes);
+  back_guard = slots + Align((one_shot ? 2 * spec.nranks : 3) * spec.capacity);
+  total = back_guard + Align(kGuardBytes);
 }
 
 RankWorkspace::~RankWorkspace() { (void)cudaFree(base_); }
 
 std::string RankWorkspace::Allocate(cudaStream_t stream) {
   const WorkspaceLayout layout(spec_);
-  std::string failure = Describe(cudaMalloc(reinterpret_cast<void**>(&base_), layout.total),
-                                 "no " + std::to_string(layout.total) +
-                                     " bytes of device memory outside JAX's own pool (lower "
-                                     "XLA_PYTHON_CLIENT_MEM_FRACTION)");
+  std::string failure = Describe(cudaGetDevice(&device_), "cudaGetDevice");
   if (failure.empty()) {
-    failure = Describe(cudaMemsetAsync(base_, 0, layout.total, stream), "cudaMemsetAsync");
+    failure = Describe(cudaMalloc(reinterpret_cast<void**>(&base_), layout.total),
+                       "no " + std::to_string(layout.total) +
+                           " bytes of device memory outside JAX's own pool (lower "
+                           "XLA_PYTHON_CLIENT_MEM_FRACTION)");
   }
-  if (failure.empty() && layout.generation > 0) {
-    failure = Describe(
-        FillNegativeZero(base_ + layout.data, 3 * layout.generation, spec_.item_size, stream),
-        "filling the Lamport buffers");
-    const int32_t control[5] = {0, 0, 0, static_cast<int32_t>(layout.generation), 0};
-    if (failure.empty()) {
-      failure = Describe(cudaMemcpyAsync(base_ + layout.control, control, sizeof(control),
-                                         cudaMemcpyHostToDevice, stream),
-                         "writing the control block");
+  if (!failure.empty()) return failure;
+  cudaError_t error = cudaMemsetAsync(base_, 0, layout.front_guard, stream);
+  for (const int64_t guard : {layout.front_guard, layout.back_guard}) {
+    if (error == cudaSuccess) {
+      error = cudaMemsetAsync(base_ + guard, kGuardByte, kGuardBytes, stream);
     }
   }
-  if (failure.empty()) {
-    failure = Describe(cudaStreamSynchronize(stream), "initialising the workspace");
+  if (error == cudaSuccess) {
+    error =
+        cudaMemsetAsync(base_ + layout.slots, kEmptyByte, layout.back_guard - layout.slots, stream);
   }
-  return failure;
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  return Describe(error, "initialising the workspace");
 }
 
-std::string RankWorkspace::Connect(cudaStream_t stream, const std::vector<PeerRecord>& peers) {
+std::string RankWorkspace::Connect(const std::vector<PeerRecord>& peers) {
   const WorkspaceLayout layout(spec_);
   const PeerRecord& mine = peers[rank_];
-  std::vector<void*> table(3 * spec_.nranks + 1);
   for (int r = 0; r < spec_.nranks; ++r) {
     const PeerRecord& peer = peers[r];
+    void* base = peer.base;
     if (peer.process != mine.process) {
-      return "rank " + std::to_string(r) +
-             " is in another process; one process must hold all ranks of a replica group";
-    }
-    if (peer.multiprocessors != mine.multiprocessors) {
-      return "rank " + std::to_string(r) + " has another kind of GPU (" +
-             std::to_string(peer.multiprocessors) + " multiprocessors, not " +
-             std::to_string(mine.multiprocessors) + ")";
-    }
-    if (peer.device != mine.device) {
+      const std::string failure = Describe(
+          cudaIpcOpenMemHandle(&base, peer.handle, cudaIpcMemLazyEnablePeerAccess),
+          "mapping the memory of rank " + std::to_string(r) + ", which is in another process");
+      if (!failure.empty()) return failure;
+    } else if (peer.device != mine.device) {
       const cudaError_t error = cudaDeviceEnablePeerAccess(peer.device, 0);
-      if (error == cudaErrorPeerAccessAlreadyEnabled) {
-        (void)cudaGetLastError();
-      } else if (error != cudaSuccess) {
+      if (error != cudaSuccess && error != cudaErrorPeerAccessAlreadyEnabled) {
         return Describe(error, "no peer access to CUDA device " + std::to_string(peer.device));
       }
+      (void)cudaGetLastError();
     }
-    char* base = static_cast<char*>(peer.base);
-    table[r] = base + layout.data;
-    table[spec_.nranks + r] = base + layout.flags;
-    table[2 * spec_.nranks + r] = base + layout.data;
+    peers_.slots[r] = static_cast<char*>(base) + layout.slots;
   }
-  table[3 * spec_.nranks] = base_ + layout.control;
-  std::string failure =
-      Describe(cudaMemcpyAsync(base_ + layout.table, table.data(), table.size() * sizeof(void*),
-                               cudaMemcpyHostToDevice, stream),
-               "writing the pointer table");
-  if (failure.empty()) {
-    failure = Describe(cudaStreamSynchronize(stream), "connecting the workspace");
-  }
-  return failure;
+  peers_.capacity = spec_.capacity;
+  peers_.control = reinterpret_cast<Control*>(base_ + layout.control);
+  return NewFailureWord("CUDA device " + std::to_string(device_), &peers_.failure);
 }
 
-ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const KernelKind& kind, int hidden,
+std::string RankWorkspace::CheckGuards() const {
+  const WorkspaceLayout layout(spec_);
+  for (const int64_t guard : {layout.front_guard, layout.back_guard}) {
+    unsigned char bytes[kGuardBytes];
+    const std::string failure =
+        Describe(cudaMemcpy(bytes, base_ + guard, kGuardBytes, cudaMemcpyDeviceToHost),
+                 "reading the guard words");
+    if (!failure.empty()) return failure;
+    if (std::any_of(bytes, bytes + kGuardBytes, [](int byte) { return byte != kGuardByte; })) {
+      return "something wrote over the guard words " +
+             std::string(guard == layout.front_guard ? "before" : "behind") + " the slots";
+    }
+  }
+  return "";
+}
+
+ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const CallShape& call,
                          const std::vector<int>& ranks, const Workspace* existing,
                          PeerExchange& exchange) {
   Agreement agreement;
@@ -169,33 +181,43 @@ ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const KernelKind& kind, int 
                                          "cudaStreamCreateWithFlags");
   const std::unique_ptr<CUstream_st, decltype(&cudaStreamDestroy)> stream_owner(stream,
                                                                                 &cudaStreamDestroy);
-  // Once peers know an address it must not be freed before they are known to have given it up.
-  const auto exchange_records = [&]() -> Error {
-    Error error = exchange.AllGather(mine, &all);
-    if (error.success()) return Vote(all);
+  // Memory that a peer may have mapped is not freed, not even where creation fails.
+  const auto keep_for_ever = [&] {
     for (auto& part : created) (void)part.release();
-    return error;
   };
 
   for (size_t i = 0; i < ranks.size(); ++i) {
     mine[i].has_workspace = existing != nullptr;
-    std::string failure = no_stream.empty() ? FillFacts(kind, hidden, &mine[i]) : no_stream;
+    std::string failure = no_stream.empty() ? FillFacts(call, &mine[i]) : no_stream;
     if (failure.empty() && existing == nullptr) {
       created.push_back(std::make_unique<RankWorkspace>(spec, ranks[i]));
       failure = created[i]->Allocate(stream);
       mine[i].base = created[i]->base();
+      // Not to be had everywhere; only ranks in other processes need it, and they will say so.
+      if (cudaIpcGetMemHandle(&mine[i].handle, mine[i].base) != cudaSuccess) {
+        (void)cudaGetLastError();
+      }
     }
-    SetFailure(mine[i], failure);
+    CopyText(mine[i].failure, failure);
   }
-  if (Error error = exchange_records(); error.failure()) return error;
+  if (Error error = exchange.AllGather(mine, &all); error.failure()) {
+    keep_for_ever();
+    return error;
+  }
+  if (Error error = Vote(all); error.failure()) return error;
   agreement.resident_ctas = all[0].resident_ctas;
   for (const PeerRecord& record : all) {
     agreement.resident_ctas = std::min(agreement.resident_ctas, record.resident_ctas);
   }
   if (existing != nullptr) return agreement;
 
-  for (size_t i = 0; i < ranks.size(); ++i) SetFailure(mine[i], created[i]->Connect(stream, all));
-  if (Error error = exchange_records(); error.failure()) return error;
+  for (size_t i = 0; i < ranks.size(); ++i) CopyText(mine[i].failure, created[i]->Connect(all));
+  Error error = exchange.AllGather(mine, &all);
+  if (error.success()) error = Vote(all);
+  if (error.failure()) {
+    keep_for_ever();
+    return error;
+  }
   return agreement;
 }
 

@@ -31,7 +31,7 @@ def describe_extension() -> str:
     if built is None:
         return f"runs as psum, {extension.why_missing()}"
     targets = ", ".join(built.registrations())
-    return f"extension built, handlers registered: {targets}"
+    return f"extension, handlers registered: {targets}"
 
 
 def print_devices() -> None:

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import types
+from typing import Any
 
 import jax
 
@@ -41,3 +42,35 @@ def load() -> types.ModuleType | None:
 def why_missing() -> str | None:
     """Why there is no extension, or None if there is one."""
     return None if _ffi is not None else _why_missing
+
+
+def set_peer_timeout(seconds: float | None) -> None:
+    """Sets how long a kernel waits for a rank of its replica group before it gives up.
+
+    A rank that ended, hangs or runs another program never comes. A kernel that gives up stops its
+    GPU with an error, which the run that called it raises, and says on stderr which rank waited for
+    which, in what call; the process must then be restarted. Kernels that are enqueued, or captured
+    into a CUDA graph, afterwards have the new bound. Without the extension it does nothing.
+
+    Args:
+      seconds: more than any rank may be behind another, by Python that runs between steps, say; 60
+        if never set. None waits for ever.
+
+    Raises:
+      ValueError: if seconds is not positive and at most a day.
+    """
+    if seconds is not None and not 0 < seconds <= 86400:
+        raise ValueError(f"seconds must be None or from 0 (exclusive) to 86400, got {seconds}")
+    if _ffi is not None:
+        _ffi.set_timeout(0.0 if seconds is None else float(seconds))
+
+
+def workspaces() -> list[dict[str, Any]]:
+    """The workspaces of this process: peer-mapped device memory, outside JAX's own pool.
+
+    Returns:
+      One dict for each rank's part: device (CUDA ordinal), rank, nranks, algorithm, capacity (bytes
+      of the largest message), bytes (of device memory), and damage: "", or how the guard words
+      around it were overwritten, by a stray write of some kernel. Reading them waits for the GPUs.
+    """
+    return [] if _ffi is None else _ffi.workspaces()

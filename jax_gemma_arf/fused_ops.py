@@ -58,8 +58,8 @@ def fused_post_ff(
       eps: added to the mean of squares; positive.
       scale_offset: 0.0 for Gemma 4; 1.0 for Gemma 2 and 3, whose checkpoints hold w for 1 + w.
       implementation: "cuda" for the kernel or an error that says why it cannot run; "xla" for psum
-        and the tail; None for the kernel where it can run and is expected to be faster, and psum
-        elsewhere, as :func:`jax_gemma_arf.fusion_support` tells.
+        and the tail; None for the kernel where it can run and psum elsewhere, as
+        :func:`jax_gemma_arf.fusion_support` tells.
 
     All operands are bfloat16, float16 or float32; float32 mixes with either of the others, but
     bfloat16 and float16 must not meet in one call.

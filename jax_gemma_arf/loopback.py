@@ -24,6 +24,9 @@ def loopback_tail(
     algorithm: str | None = None,
     max_ctas: int = 0,
     absent_rank: int = -1,
+    local_ranks: tuple[int, ...] | None = None,
+    axis_size: int | None = None,
+    rendezvous: str = "",
 ) -> tuple[jax.Array, ...]:
     """The kernel of any fused operation, all ranks on one CUDA device.
 
@@ -34,6 +37,11 @@ def loopback_tail(
       algorithm: "one_shot", "two_shot", or None for the rule of support.choose_algorithm.
       max_ctas: most thread blocks a rank may launch, from 8; 0 for all that fit.
       absent_rank: a rank that is not launched, so that the others wait for it; -1 for none.
+      local_ranks: the ranks that this process holds, in the order of the partial sums' first axis,
+        where other processes on the same GPU hold the rest; None for all.
+      axis_size: with local_ranks, the number of ranks in all processes.
+      rendezvous: with local_ranks, an empty directory, which all processes give alike, through
+        which they exchange the addresses of their memory.
 
     Returns:
       hidden and the next norms, [N, ..., D] each, of operands.dtype: what each rank computed.
@@ -46,12 +54,17 @@ def loopback_tail(
         raise NotImplementedError(f"loopback needs the extension: {extension.why_missing()}")
     shapes = [part.shape for part in operands.partial_sums]
     shape = shapes[0]
-    if len(shape) < 2 or shape[0] not in AXIS_SIZES or shapes != [shape] * len(shapes):
+    ranks = axis_size or (shape[0] if shape else 0)
+    held = range(ranks) if local_ranks is None else local_ranks
+    if (
+        len(shape) < 2
+        or ranks not in AXIS_SIZES
+        or shapes != [(len(held), *shape[1:])] * len(shapes)
+    ):
         raise ValueError(
-            "the partial sums must be [N, ..., D] each, with N = 2, 4 or 8 ranks, got the shapes "
-            + ", ".join(map(str, shapes))
+            f"the partial sums must be [{'N' if axis_size is None else len(held)}, ..., D] each, "
+            "with N = 2, 4 or 8 ranks, got the shapes " + ", ".join(map(str, shapes))
         )
-    ranks = shape[0]
     one_rank = jax.eval_shape(lambda parts: [part[0] for part in parts], operands.partial_sums)
     check_operands(operands._replace(partial_sums=tuple(one_rank)))
     if algorithm is None:
@@ -60,7 +73,11 @@ def loopback_tail(
     attributes = lowering.ffi_attributes(
         operands, algorithm, np.arange(ranks)[None], eps, scale_offset, max_ctas
     )
-    attributes["absent_rank"] = np.int64(absent_rank)
+    attributes |= {
+        "local_ranks": np.array(held, np.int64),
+        "rendezvous": rendezvous,
+        "absent_rank": np.int64(absent_rank),
+    }
     result = jax.ShapeDtypeStruct(shape, operands.dtype)
     results = (result,) * (1 + len(operands.next_norm_scales))
     call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, results)

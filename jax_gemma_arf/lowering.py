@@ -145,7 +145,6 @@ def _cuda_lowering(ctx, *leaves, tree, options):
         client=client,
         branches=len(operands.partial_sums),
         manual_axes=context.manual_axes,
-        forced=options.implementation == "cuda",
     )
     if decision.algorithm is None:
         level = logging.INFO if decision.deliberate else logging.WARNING

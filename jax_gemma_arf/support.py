@@ -1,44 +1,36 @@
 """The decision: the kernel or psum, and which algorithm.
 
-Made from static shapes, the mesh, and facts that every process sees alike, so that all ranks decide
-alike; never from a failure on one of them. JAX may reuse a lowering for another set of devices of
-the same client, so device facts are those of all the client's devices, not only of the mesh's.
+Made from static shapes, the mesh, and facts that every process sees alike or has told the others
+(processes.py), so that all ranks decide alike; never from a failure on one of them. JAX may reuse a
+lowering for another set of devices of the same client, so device facts are those of all the
+client's devices, not only of the mesh's.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gemma_arf import extension
+from jax_gemma_arf import extension, processes
 
 AXIS_SIZES = (2, 4, 8)
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 #: How many norms of the finished row one call may hold.
 MAX_NEXT_NORMS = 3
-#: Bytes of the partial sums on one rank. Above it FlashInfer's int32 indices and the workspace grow
-#: too large.
+#: Bytes of partial sums on one rank that a call may reduce: a cap for its workspace.
 MAX_MESSAGE_BYTES = 256 << 20
-#: Bytes of the partial sums on one rank up to which one-shot is used, by axis size. One-shot pushes
-#: N - 1 messages and has no barrier; two-shot moves 2 (N - 1) / N messages between barriers of 7 us
-#: together. N = 2, measured on two H100s: one-shot is the faster at every size, but by only 5% from
-#: 10 MiB, where its three Lamport generations of N messages take three times two-shot's memory.
-#: N = 4 and 8, not measured: where the wire time saved, at 320 GB/s, is worth the barriers.
-ONE_SHOT_MAX_BYTES = {2: 16 << 20, 4: 1 << 20, 8: 512 << 10}
-#: Bytes of the partial sums on one rank above which psum is taken unless implementation is "cuda".
-#: Measured on two H100s: XLA's all-reduce catches up at 22 MB and is 12% ahead at 88 MB, where the
-#: wire is all that counts and the kernel's extra passes over memory show. N = 4 and 8 not measured.
-PSUM_ABOVE_BYTES = 16 << 20
+#: Bytes of partial sums on one rank up to which one-shot is used, by axis size. One-shot pushes
+#: N - 1 messages and waits once; two-shot pushes 2 (N - 1) / N and waits twice. N = 2: measured on
+#: two H100s. N = 4 and 8, not measured: where the bytes saved, at 320 GB/s, are worth the 1.7 us
+#: that the second wait costs at N = 2.
+ONE_SHOT_MAX_BYTES = {2: 2 << 20, 4: 384 << 10, 8: 128 << 10}
 #: Architectures that the extension holds code for: Hopper and datacenter Blackwell.
 COMPUTE_CAPABILITIES = ("9.0", "10.0")
-#: Set to 1 to run everything as psum. Read when a call is lowered; set it alike on all processes.
-DISABLE_VARIABLE = "JAX_GEMMA_ARF_DISABLE"
 
 AxisName = str | tuple[str, ...]
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -52,8 +44,7 @@ class Support:
       ok: True if it does.
       reason: why not, and what to change; with ok, what will run.
       algorithm: "one_shot" or "two_shot", or None without ok.
-      deliberate: without ok, True if psum is what is wanted: nothing to reduce, psum as fast, or
-        switched off.
+      deliberate: without ok, True if psum is what is wanted: nothing to reduce, or switched off.
     """
 
     ok: bool
@@ -72,25 +63,19 @@ class DeviceFacts:
     platform: str
     compute_capabilities: tuple[str, ...]
     kinds: tuple[str, ...]
-    processes: int
-    nvlinked: bool
+    processes: tuple[int, ...]  # of each device, in the client's order
 
 
 @functools.cache
 def device_facts(client: object) -> DeviceFacts:
     """Facts of all devices of a JAX client (``device.client``)."""
     devices = client.devices()  # type: ignore[attr-defined]
-    platform = devices[0].platform
-    built = extension.load() if platform == "gpu" else None
-    peers = built.nvlink_peers() if built is not None else []
+    gpu = devices[0].platform == "gpu"
     return DeviceFacts(
-        platform=platform,
-        compute_capabilities=tuple(sorted({str(d.compute_capability) for d in devices}))
-        if platform == "gpu"
-        else (),
+        platform=devices[0].platform,
+        compute_capabilities=tuple(sorted({str(d.compute_capability) for d in devices if gpu})),
         kinds=tuple(sorted({d.device_kind for d in devices})),
-        processes=len({d.process_index for d in devices}),
-        nvlinked=bool(peers) and all(all(row) for row in peers),
+        processes=tuple(d.process_index for d in devices),
     )
 
 
@@ -171,7 +156,6 @@ def decide(
     client: object | None,
     branches: int = 1,
     manual_axes: frozenset[str] | None = None,
-    forced: bool = False,
 ) -> Support:
     """:func:`fusion_support`, as the lowering asks it.
 
@@ -184,7 +168,6 @@ def decide(
         lowering for CUDA on a machine without it: then the devices are not checked.
       branches: as there.
       manual_axes: the mesh axes that are manual; None for all.
-      forced: whether the kernel is wanted also where psum is expected to be as fast.
     """
     ranks = group_size(mesh, names)
     message = _Message(x_shape, dtype, branches)
@@ -194,15 +177,10 @@ def decide(
         _static_objections(message, ranks, names),
         _mesh_objections(mesh, manual_axes),
         _machine_objections(client),
+        _process_objections(client, mesh, names),
     )
     if reason := next(objections, None):
         return Support(False, reason)
-    if message.bytes > PSUM_ABOVE_BYTES and not forced:
-        reason = (
-            f"the partial sums have {message.bytes} bytes on a rank, and above {PSUM_ABOVE_BYTES} "
-            'psum is as fast; implementation="cuda" runs the kernel all the same'
-        )
-        return Support(False, reason, deliberate=True)
     algorithm = choose_algorithm(ranks, message.bytes)
     return Support(True, f"one {algorithm.replace('_', '-')} launch over {ranks} ranks", algorithm)
 
@@ -226,8 +204,8 @@ class _Message:
 
 def _nothing_to_gain(message: _Message, ranks: int) -> Iterator[str]:
     """What makes psum the right choice."""
-    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
-        yield f"switched off by {DISABLE_VARIABLE}"
+    if processes.disabled():
+        yield f"switched off by {processes.DISABLE_VARIABLE}"
     if ranks == 1:
         yield "the axis has one rank, so there is nothing to reduce"
     if 0 in message.shape:
@@ -237,7 +215,7 @@ def _nothing_to_gain(message: _Message, ranks: int) -> Iterator[str]:
 def _static_objections(message: _Message, ranks: int, names: tuple[str, ...]) -> Iterator[str]:
     """What the kernel is not made for."""
     if ranks not in AXIS_SIZES:
-        yield f"axis {' x '.join(map(repr, names))} must have 2, 4 or 8 ranks, got {ranks}"
+        yield f"axis {_quoted(names)} must have 2, 4 or 8 ranks, got {ranks}"
     if message.dtype not in DTYPES:
         yield f"x must be bfloat16, float16 or float32, got {message.dtype}"
     if not message.static:
@@ -265,14 +243,14 @@ def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Itera
 
 
 def _machine_objections(client: object | None) -> Iterator[str]:
-    """What speaks against it on these devices, with this installation."""
-    facts = None if client is None else device_facts(client)
-    if facts is not None and facts.platform != "gpu":
-        yield f"platform is {facts.platform}, not CUDA"
-    if (missing := extension.why_missing()) is not None:
-        yield missing
-    if facts is None:
+    """What speaks against it on these devices."""
+    if client is None:
+        if (missing := extension.why_missing()) is not None:
+            yield missing
         return
+    facts = device_facts(client)
+    if facts.platform != "gpu":
+        yield f"platform is {facts.platform}, not CUDA"
     if not set(facts.compute_capabilities) <= set(COMPUTE_CAPABILITIES):
         yield (
             f"compute capability must be one of {', '.join(COMPUTE_CAPABILITIES)} on all "
@@ -280,8 +258,61 @@ def _machine_objections(client: object | None) -> Iterator[str]:
         )
     if len(facts.kinds) > 1:
         yield f"devices must be alike, got {', '.join(facts.kinds)}"
-    if facts.processes > 1:
-        # What is below, and whether the extension was built, is known of this process alone.
-        yield f"the devices span {facts.processes} hosts or processes; the kernel needs one process"
-    if not facts.nvlinked:
-        yield "not every pair of GPUs has NVLink peer access (nvidia-smi topo -m)"
+
+
+def _process_objections(
+    client: object | None, mesh: AnyMesh, names: tuple[str, ...]
+) -> Iterator[str]:
+    """What speaks against it in any of the processes that hold the devices."""
+    if client is None:
+        return
+    owners = device_facts(client).processes
+    known = processes.known(len(set(owners)))
+    if known is None:
+        yield (
+            f"the devices are in {len(set(owners))} processes, which do not know of each other; "
+            "call jax_gemma_arf.initialize() in each, after jax.distributed.initialize()"
+        )
+        return
+    for index, process in enumerate(known):
+        where = f" (process {index})" if len(known) > 1 else ""
+        if not process.built:
+            yield (extension.why_missing() or "the extension was not built") + where
+        if process.version != known[0].version:
+            yield f"process {index} runs another version of jax_gemma_arf than process 0"
+        needed = sum(known[owner].host == process.host for owner in owners)
+        if process.visible_gpus < needed:
+            yield (
+                f"process {index} sees {process.visible_gpus} of its host's {needed} GPUs in this "
+                "job; show it all (CUDA_VISIBLE_DEVICES) and choose with "
+                "jax.distributed.initialize(local_device_ids=...)"
+            )
+        if not process.nvlinked:
+            yield f"not every pair of GPUs has NVLink peer access (nvidia-smi topo -m){where}"
+    hosts = [known[owner].host for owner in owners]
+    if any(len(set(group)) > 1 for group in _by_group(hosts, client, mesh, names)):
+        yield (
+            f"axis {_quoted(names)} reaches over several hosts; the ranks of a group must be on "
+            "one, as along the last axis of a mesh"
+        )
+
+
+def _by_group(
+    facts: list[int], client: object, mesh: AnyMesh, names: tuple[str, ...]
+) -> list[list[int]]:
+    """facts of the client's devices, in their order, by replica group.
+
+    A lowering does not know its devices. An abstract mesh is taken to lie on the client's, in their
+    order; if it does not, the ranks find out when they meet, and all raise an error.
+    """
+    devices = client.devices()  # type: ignore[attr-defined]
+    if isinstance(mesh, jax.sharding.Mesh):
+        of_device = dict(zip(devices, facts))
+        facts = [of_device[device] for device in mesh.devices.flat]
+    elif mesh.size > len(devices):
+        return []
+    return [[facts[i] for i in group] for group in replica_groups(mesh, names)]
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return " x ".join(map(repr, names))

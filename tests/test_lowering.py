@@ -80,6 +80,12 @@ def test_psum_is_in_the_dtype_of_x(mesh):
     assert types == "(tensor<4x5376xbf16>) -> tensor<4x5376xbf16>"
 
 
+def test_the_rounding_of_hidden_is_pinned(mesh):
+    """XLA drops a pair of conversions on GPUs, but not a reduce_precision."""
+    text = lowered(mesh, "sandwich", implementation="xla")
+    assert "format = e8m7" in text
+
+
 def test_abstract_mesh():
     """No device at all: the lowering depends on static facts only."""
     mesh = jax.sharding.AbstractMesh((2,), ("tp",))
@@ -181,9 +187,9 @@ def test_loopback_attributes():
 
 
 def test_two_shot_above_the_limit(mesh):
-    text = lowered(mesh, shape=(2048, 5376), implementation="cuda")
+    text = lowered(mesh, shape=(2048, 5376))
     assert 'algorithm = "two_shot"' in text
-    assert counts(lowered(mesh, shape=(2048, 5376))) == (0, 1)
+    assert counts(text) == (1, 0)
 
 
 def test_partly_manual_mesh_falls_back(cpus):
@@ -204,7 +210,6 @@ def test_unsupported_width_falls_back(mesh):
     "case",
     [
         ((4, 5376), 1, "INFO"),
-        ((2048, 5376), 2, "INFO"),
         ((4, 5376), 3, "WARNING"),
         ((4, 1000), 2, "WARNING"),
     ],

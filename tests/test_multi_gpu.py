@@ -123,4 +123,4 @@ def test_one_launch_a_call(tp, tmp_path, op):
             jax.block_until_ready(call())
     kernels = kernels_in(tmp_path)
     assert len(kernels) == 3 * tp.size, kernels
-    assert all("oneshot" in name for name in kernels), kernels
+    assert all("FusedTailOneShot" in name for name in kernels), kernels

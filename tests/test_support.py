@@ -1,5 +1,6 @@
 """The decision: static, the same for all ranks, with reasons that a person can act on."""
 
+import dataclasses
 import re
 import types
 
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 from cases import GEMMA_HIDDEN
 
-from jax_gemma_arf import extension, fusion_support, support
+from jax_gemma_arf import extension, fusion_support, processes, support
 
 
 class FakeClient:
-    """A client with GPUs, as the decision sees them."""
+    """A client with GPUs, as the decision sees them. owners: the process of each."""
 
-    def __init__(self, processes=(0, 0, 0, 0), capabilities=("9.0",), kinds=("H100",)):
+    def __init__(self, owners=(0, 0, 0, 0), capabilities=("9.0",), kinds=("H100",)):
         self._devices = [
             types.SimpleNamespace(
                 platform="gpu",
@@ -24,7 +25,7 @@ class FakeClient:
                 process_index=process,
                 client=self,
             )
-            for i, process in enumerate(processes)
+            for i, process in enumerate(owners)
         ]
 
     def devices(self):
@@ -35,7 +36,7 @@ class FakeClient:
 def nvlinked(monkeypatch):
     """An extension that finds all devices linked; settable to not."""
     fake = types.SimpleNamespace(linked=True)
-    fake.nvlink_peers = lambda: [[True, True], [fake.linked, True]]
+    fake.nvlink_peers = lambda: [[True] * 4, *[[fake.linked] * 4] * 3]
     monkeypatch.setattr(extension, "load", lambda: fake)
     monkeypatch.setattr(extension, "why_missing", lambda: None)
     return fake
@@ -69,7 +70,7 @@ def test_accepts(nvlinked):
         ({"manual_axes": frozenset({"tp"})}, r"mesh axes \['data'\] are not manual"),
         ({"client": FakeClient(capabilities=("8.0", "9.0"))}, "compute capability.*got 8.0, 9.0"),
         ({"client": FakeClient(kinds=("H100", "H200"))}, "devices must be alike, got H100, H200"),
-        ({"client": FakeClient(processes=(0, 0, 1, 1))}, "span 2 hosts or processes"),
+        ({"client": FakeClient(owners=(0, 0, 1, 1))}, "2 processes, which do not know.*initialize"),
     ],
 )
 def test_reasons(nvlinked, arguments, reason):
@@ -81,34 +82,27 @@ def test_reasons(nvlinked, arguments, reason):
 
 
 def test_caps_are_inclusive(nvlinked):
-    limit = support.MAX_MESSAGE_BYTES
-    assert decide((limit // 1280, 640), forced=True).ok
-    assert not decide((limit // 1280 + 1, 640), forced=True).ok
-    assert decide((support.PSUM_ABOVE_BYTES // 1280, 640)).ok
+    tokens = support.MAX_MESSAGE_BYTES // 1280
+    assert decide((tokens, 640)).ok
+    assert not decide((tokens + 1, 640)).ok
 
 
 def test_branches_count_alike(nvlinked):
     """Two branches of half the tokens are as many bytes, with what follows from that."""
-    for limit, forced in ((support.MAX_MESSAGE_BYTES, True), (support.PSUM_ABOVE_BYTES, False)):
-        tokens = limit // 2560
-        assert decide((tokens, 640), branches=2, forced=forced).ok
-        assert not decide((tokens + 1, 640), branches=2, forced=forced).ok
-        assert decide((tokens + 1, 640), forced=forced).ok
+    tokens = support.MAX_MESSAGE_BYTES // 2560
+    assert decide((tokens, 640), branches=2).ok
+    assert not decide((tokens + 1, 640), branches=2).ok
+    assert decide((tokens + 1, 640)).ok
+    tokens = support.ONE_SHOT_MAX_BYTES[2] // 2560
+    assert decide((tokens, 640), branches=2).algorithm == "one_shot"
+    assert decide((tokens + 1, 640), branches=2).algorithm == "two_shot"
+    assert decide((tokens + 1, 640)).algorithm == "one_shot"
 
 
 @pytest.mark.parametrize("branches", [0, 3, "2"])
 def test_unknown_branches(branches):
     with pytest.raises(ValueError, match="branches must be 1 or 2, got"):
         fusion_support((1, 640), jnp.bfloat16, mesh=ABSTRACT, axis_name="tp", branches=branches)
-
-
-def test_large_messages_are_left_to_psum(nvlinked):
-    """Where psum measured as fast, unless the kernel is asked for."""
-    tokens = support.PSUM_ABOVE_BYTES // (2 * 5376)
-    decision = decide((tokens + 1, 5376))
-    assert decision.deliberate
-    assert "psum is as fast" in decision.reason
-    assert decide((tokens + 1, 5376), forced=True).algorithm == "two_shot"
 
 
 def test_nothing_to_reduce(nvlinked):
@@ -125,8 +119,10 @@ def test_cpu_platform(mesh):
 
 
 def test_not_built(monkeypatch):
+    monkeypatch.setattr(extension, "load", lambda: None)
     monkeypatch.setattr(extension, "why_missing", lambda: "the extension was not built (no nvcc)")
     assert decide().reason == "the extension was not built (no nvcc)"
+    assert decide(client=None).reason == "the extension was not built (no nvcc)"
 
 
 def test_no_nvlink(nvlinked):
@@ -136,10 +132,45 @@ def test_no_nvlink(nvlinked):
 
 
 def test_switched_off(nvlinked, monkeypatch):
-    monkeypatch.setenv(support.DISABLE_VARIABLE, "1")
+    monkeypatch.setenv(processes.DISABLE_VARIABLE, "1")
     assert decide().reason == "switched off by JAX_GEMMA_ARF_DISABLE"
-    monkeypatch.setenv(support.DISABLE_VARIABLE, "0")
+    monkeypatch.setenv(processes.DISABLE_VARIABLE, "0")
     assert decide().ok
+
+
+FACTS = processes.ProcessFacts(1, 7, built=1, nvlinked=1, visible_gpus=4, disabled=0)
+
+
+def gathered(monkeypatch, *facts):
+    """As after initialize in a job of as many processes."""
+    monkeypatch.setattr(processes, "_gathered", list(facts))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"built": 0}, r"not built \(process 1\)"),
+        ({"version": 8}, "process 1 runs another version"),
+        ({"nvlinked": 0}, r"NVLink peer access .* \(process 1\)"),
+        ({"visible_gpus": 2}, "process 1 sees 2 of its host's 4 GPUs.*local_device_ids"),
+        ({"disabled": 1}, "switched off by JAX_GEMMA_ARF_DISABLE"),
+    ],
+)
+def test_what_one_process_lacks_holds_for_all(nvlinked, monkeypatch, change, reason):
+    """Hazard 11: the decision is the same wherever it is made."""
+    gathered(monkeypatch, FACTS, dataclasses.replace(FACTS, **change))
+    decision = decide(client=FakeClient(owners=(0, 0, 1, 1)))
+    assert decision.ok if reason is None else re.search(reason, decision.reason), decision.reason
+
+
+def test_groups_stay_on_one_host(nvlinked, monkeypatch):
+    two_hosts = (FACTS, dataclasses.replace(FACTS, host=2))
+    gathered(monkeypatch, *two_hosts)
+    client = FakeClient(owners=(0, 0, 1, 1))
+    assert decide(client=client).ok
+    across = jax.sharding.AbstractMesh((2, 2), ("tp", "data"))
+    assert "axis 'tp' reaches over several hosts" in decide(mesh=across, client=client).reason
 
 
 @pytest.mark.parametrize("axis_name", ["model", (), ("tp", "tp"), ("tp", "model"), None, 5])

@@ -1,0 +1,87 @@
+"""What the processes of a job tell each other before any of them may decide for the kernel.
+
+A process knows of itself whether the extension is built and which GPUs reach each other; were each
+to decide from that alone, one might fall back while its peers wait. So it is exchanged once, by all
+of them, and everybody decides from all of it.
+"""
+
+import dataclasses
+import os
+import platform
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jax_gemma_arf import extension
+from jax_gemma_arf._version import __version__
+
+#: Set to 1 to run everything as psum; with several processes, in any of them, before initialize().
+DISABLE_VARIABLE = "JAX_GEMMA_ARF_DISABLE"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessFacts:
+    """What one process knows of itself. All are numbers, to be gathered as an array."""
+
+    host: int  # the same for processes that run under one kernel
+    version: int  # checksum of the package's
+    built: int
+    nvlinked: int  # whether all GPUs it sees reach each other over NVLink
+    visible_gpus: int
+    disabled: int
+
+
+_gathered: list[ProcessFacts] | None = None
+
+
+def initialize() -> None:
+    """Lets the kernel run in a job of several processes.
+
+    Call it once in every process, after ``jax.distributed.initialize()`` and before a fused
+    operation is first lowered. It gathers what each process can do, so that all decide alike; until
+    then every call of such a job is psum and the tail. In a job of one process it does nothing.
+    """
+    global _gathered  # noqa: PLW0603
+    if jax.process_count() == 1:
+        return
+    mine = np.array(dataclasses.astuple(own_facts()), np.uint32)
+    rows = np.asarray(multihost_utils.process_allgather(mine))
+    _gathered = [ProcessFacts(*map(int, row)) for row in rows]
+
+
+def known(processes: int) -> list[ProcessFacts] | None:
+    """The facts of so many processes, by process index; None for several before initialize."""
+    return [own_facts()] if processes == 1 else _gathered
+
+
+def disabled() -> bool:
+    """Whether a process that this one knows of switches the kernel off."""
+    return any(process.disabled for process in _gathered or [own_facts()])
+
+
+def own_facts() -> ProcessFacts:
+    """Those of this process."""
+    built = extension.load()
+    peers = built.nvlink_peers() if built is not None else []
+    return ProcessFacts(
+        host=_checksum(_boot_id()),
+        version=_checksum(__version__),
+        built=built is not None,
+        nvlinked=bool(peers) and all(all(row) for row in peers),
+        visible_gpus=len(peers),
+        disabled=os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"),
+    )
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return platform.node()
+
+
+def _checksum(text: str) -> int:
+    return zlib.crc32(text.encode())
