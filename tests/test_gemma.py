@@ -7,8 +7,9 @@ import gemma_sizes as sizes
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
-from gemma_models import off
+from gemma_models import ckpts, off
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from runners import make_mesh
@@ -108,6 +109,22 @@ def test_cache_holds_each_kv_head_once_a_rank(cpus):
         (1, 8, 4, sizes.HEAD_DIM),
         (1, 8, 4, sizes.GLOBAL_HEAD_DIM),
     ]
+
+
+def test_checkpoint(mesh, tmp_path):
+    """Official parameters, restored by the official function, never on one device alone."""
+    host = gemma_models.params("Gemma3")
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "params", host)
+    model = tensor_parallel(gemma_models.official("Gemma3"), mesh)
+    wanted = jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        gemma_models.shapes("Gemma3"),
+        param_shardings(model),
+    )
+    params = ckpts.load_params(tmp_path / "params", params=wanted, donate=False)
+    model.apply({"params": params}, sizes.tokens())  # which checks how they lie
+    jax.tree.map(np.testing.assert_array_equal, params, host)
 
 
 def test_unknown_model(mesh):

@@ -120,8 +120,9 @@ def param_shardings(model: nn.Module, params: Any = None) -> Any:
       params: a parameter tree of arrays or shapes, such as a checkpoint's; None for the model's own.
 
     Returns:
-      The same tree of NamedSharding, for ``jax.device_put``, ``jax.jit`` or
-      ``gm.ckpts.load_params(path, sharding=...)``.
+      The same tree of NamedSharding, for ``jax.device_put`` or ``jax.jit``. To restore a checkpoint
+      that no device holds alone, give ``gm.ckpts.load_params(path, params=..., donate=False)`` a
+      tree of ``jax.ShapeDtypeStruct`` with these.
 
     Raises:
       TypeError: if model is not from tensor_parallel.
