@@ -18,18 +18,16 @@ SHAPES = {"activations": (TOKENS, FF), "w_down": (FF, HIDDEN), "residual": (TOKE
 SPECS = {"activations": P(None, "tensor"), "w_down": P("tensor", None), "residual": P(None, None)}
 
 
-def explicit(activations, w_down, residual, norm_scale, layer_scalar):
+def explicit(activations, w_down, residual, norm_scale, layer_scalar, *, mesh: Mesh):
     """Explicit sharding: the matmul's type says that its result is not reduced yet."""
-    unreduced = P(None, None, unreduced={"tensor"})
-    partial_sums = jnp.dot(activations, w_down, out_sharding=unreduced)
+    unreduced = P(None, None, unreduced=frozenset({"tensor"}))
+    partial_sums = jnp.dot(activations, w_down, out_sharding=jax.NamedSharding(mesh, unreduced))
 
-    def tail(partial_sums, residual, norm_scale, layer_scalar):
-        return jga.fused_post_ff(
-            partial_sums, residual, norm_scale, layer_scalar, axis_name="tensor"
-        )
+    def tail(*operands):
+        return jga.fused_post_ff(*operands, axis_name="tensor")
 
     in_specs = (unreduced, P(), P(), P())
-    return jax.shard_map(tail, in_specs=in_specs, out_specs=P())(
+    return jax.shard_map(tail, mesh=mesh, in_specs=in_specs, out_specs=P())(
         partial_sums, residual, norm_scale, layer_scalar
     )
 
@@ -64,20 +62,19 @@ def main() -> None:
     """Prints how far each is off; raises if any is too far."""
     jax.config.update("jax_num_cpu_devices", 2)
     rng = np.random.default_rng(0)
-    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
-    others = (rng.standard_normal(HIDDEN, np.float32), np.float32(0.5))
-    want = expected(*arrays.values(), *others)
+    shapes = [*SHAPES.values(), (HIDDEN,), ()]
+    specs = [*SPECS.values(), P(), P()]
+    operands = [np.asarray(rng.standard_normal(shape), np.float32) for shape in shapes]
+    want = expected(*operands)
     devices = jax.devices()[:2]
     for style in (explicit, automatic, manual):
         kind = AxisType.Explicit if style is explicit else AxisType.Auto
         mesh = jax.make_mesh((len(devices),), ("tensor",), axis_types=(kind,), devices=devices)
         placed = [
-            jax.device_put(array, jax.NamedSharding(mesh, SPECS.get(name, P())))
-            for name, array in arrays.items()
-        ] + [jax.device_put(array, jax.NamedSharding(mesh, P())) for array in others]
-        with jax.set_mesh(mesh):
-            options = {} if style is explicit else {"mesh": mesh}
-            found = jax.jit(functools.partial(style, **options))(*placed)
+            jax.device_put(operand, jax.NamedSharding(mesh, spec))
+            for operand, spec in zip(operands, specs)
+        ]
+        found = jax.jit(functools.partial(style, mesh=mesh))(*placed)
         off = np.abs(np.asarray(found) - want).max()
         print(f"{style.__name__:10} {off:.1e}")
         if off > 1e-4:

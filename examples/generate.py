@@ -24,7 +24,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
-PROMPT = "The three laws of thermodynamics are:"
+PROMPT = "The best thing about the city of Paris is"
 
 
 def read_gguf(progress: Progress, folder: pathlib.Path) -> gguf.GGUFReader:
@@ -125,7 +125,7 @@ def main() -> None:
     """Exits with an error if a sharded model says something else than the unsharded one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="at most 256")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="at most 256")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="numbers of devices")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,8 +1,8 @@
 """Gemma building blocks for flax.linen, to be applied inside ``jax.shard_map``.
 
-Names and shapes of the parameters are google-deepmind/gemma's. ``init``, outside of shard_map, makes
-the hidden units of all ranks; ``apply``, inside, reads those of its own, so that parameters enter
-the shard_map as ``param_specs`` says.
+Names and shapes of the parameters are google-deepmind/gemma's. ``init``, outside of shard_map,
+makes the hidden units of all ranks; ``apply``, inside, reads those of its own, so that parameters
+enter the shard_map as ``param_specs`` says.
 """
 
 import jax

@@ -1,11 +1,12 @@
 """Gemma building blocks for flax.nnx, to be called inside ``jax.shard_map``.
 
-Names and shapes of the parameters are google-deepmind/gemma's. A module is made outside of shard_map
-with the hidden units of all ranks; its state enters as ``param_specs`` says, and holds those of one
-rank inside::
+Names and shapes of the parameters are google-deepmind/gemma's. A module is made outside of
+shard_map with the hidden units of all ranks; its state enters as ``param_specs`` says, and holds
+those of one rank inside::
 
     graph, state = nnx.split(block)
-    jax.shard_map(lambda state, h: nnx.merge(graph, state)(h), in_specs=(block.param_specs(), P()), ...)
+    call = lambda state, h: nnx.merge(graph, state)(h)
+    jax.shard_map(call, mesh=mesh, in_specs=(block.param_specs(), P()), out_specs=P())(state, h)
 """
 
 import jax

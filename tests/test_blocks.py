@@ -1,4 +1,4 @@
-"""jax_gemma_arf.linen and jax_gemma_arf.nnx: parameter names, and values against plain arithmetic."""
+"""jax_gemma_arf.linen and jax_gemma_arf.nnx: parameter names, values against plain arithmetic."""
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,10 @@ def weights(scale_offset: float) -> dict:
         "skip_scale": (1,),
     }
     return jax.tree.map(
-        lambda shape: (0.1 * rng.standard_normal(shape) + (len(shape) == 1)).astype(np.float32)
-        - np.float32(scale_offset * (len(shape) == 1)),
+        lambda shape: (
+            (0.1 * rng.standard_normal(shape) + (len(shape) == 1)).astype(np.float32)
+            - np.float32(scale_offset * (len(shape) == 1))
+        ),
         shapes,
         is_leaf=lambda a: isinstance(a, tuple),
     )
@@ -68,7 +70,10 @@ def is_param(node):
 both = pytest.mark.parametrize("make", [make_linen, make_nnx])
 
 
-def run(mesh, call, specs, p, *args, out_specs=P()):
+REPLICATED = P()
+
+
+def run(mesh, call, specs, p, *args, out_specs=REPLICATED):
     mapped = jax.shard_map(
         call, mesh=mesh, in_specs=(specs, *(P() for _ in args)), out_specs=out_specs
     )

@@ -148,7 +148,11 @@ def test_missing_axis(mesh):
     ("variant", "changes", "message"),
     [
         ("31B", {}, r"3 ranks .*num_heads=4 must be divisible by it; hidden_dim=128 .*\[1, 2, 4\]"),
-        ("31B", {"num_heads": 12, "hidden_dim": 96}, r": num_kv_heads=2 must be .* or divide it\. "),
+        (
+            "31B",
+            {"num_heads": 12, "hidden_dim": 96},
+            r": num_kv_heads=2 must .* or divide it\. ",
+        ),
         ("E2B", {"num_heads": 6, "hidden_dim": 96}, r"override_kv_shared_ffw_hidden=256"),
         ("26B", {"num_heads": 6, "num_kv_heads": 3}, r": moe_dense_hidden_dim=128.*expert_dim=32"),
         ("Gemma3", {"num_heads": 6}, r": hidden_dim=128 must be divisible by it\. .*\[1, 2\]"),

@@ -108,7 +108,7 @@ def test_add_before_norm_is_noticed(variant, monkeypatch):
     def wrong_sandwich(*operands, next_norm_scale, **options):
         h = wrong(*operands, **options)
         norm = functools.partial(rmsnorm, h, scale_offset=options["scale_offset"])
-        return h, jax.tree.map(lambda scale: norm(scale), next_norm_scale)
+        return h, jax.tree.map(norm, next_norm_scale)
 
     monkeypatch.setattr(gemma, "fused_post_ff", wrong)
     monkeypatch.setattr(gemma, "fused_sandwich", wrong_sandwich)
@@ -123,8 +123,8 @@ def test_add_before_norm_is_noticed(variant, monkeypatch):
 
 @pytest.mark.parametrize("variant", ["31B", "Gemma3"])
 def test_bfloat16(variant):
-    """The package's own norm rounds to bfloat16 within; ours does not. So ours must be about as near
-    to the float32 model, of unrounded parameters, as the official one."""
+    """The package's own norm rounds to bfloat16 within; ours does not. So ours must be about as
+    near to the float32 model, of unrounded parameters, as the official one."""
     params = gemma_models.params(variant, dtype=jnp.bfloat16)
     model, place = sharded(variant, 2, dtype=jnp.bfloat16)
     exact = run(variant, 0)["logits"]
@@ -134,8 +134,9 @@ def test_bfloat16(variant):
     assert off(ours, exact) < 1.5 * off(theirs, exact) < 0.15
 
 
-def test_gradients(variant="31B"):
+def test_gradients():
     """Through the shard_map and the fused operations, to every parameter."""
+    variant = "31B"
     params = gemma_models.params(variant)
     tokens = sizes.tokens()
 

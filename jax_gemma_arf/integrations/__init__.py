@@ -1,1 +1,1 @@
-"""Models of other packages on the fused operations; each module needs the package it is named for."""
+"""Models of other packages on the fused operations; a module needs the package of its name."""

@@ -8,8 +8,8 @@
 Everything else stays as it was: the parameter tree and its names, ``model.apply``, ``init``,
 ``init_cache`` and the samplers of ``gm.text``. All blocks run in one ``jax.shard_map``, each with
 the official attention and feed-forward modules at this rank's number of heads and hidden units, so
-that both end in partial sums, for the fused operations to reduce. Embedding and logits stay outside,
-sharded over the vocabulary by the compiler.
+that both end in partial sums, for the fused operations to reduce. Embedding and logits stay
+outside, sharded over the vocabulary by the compiler.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from flax import linen as nn
 from gemma.gm.nn import _modules as _gemma3_modules
 from gemma.gm.nn import _transformer as _gemma3
 from gemma.gm.nn.gemma4 import _transformer as _gemma4
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kauldron import kd
@@ -65,8 +66,8 @@ def tensor_parallel[Model: nn.Module](
     """The same model with tensor parallel blocks that end in fused all-reduces.
 
     A dense block has two, fused_sandwich after attention and after the feed-forward, each with the
-    norm of what comes next. The per-layer inputs of E2B and E4B come between the second and the next
-    norm, so there it is fused_post_ff. 26B-A4B ends in fused_moe_tail.
+    norm of what comes next. The per-layer inputs of E2B and E4B come between the second and the
+    next norm, so there it is fused_post_ff. 26B-A4B ends in fused_moe_tail.
 
     KV heads: an axis that divides them splits them. One that is a multiple of them has each held by
     several ranks, in caches too, which then have as many KV heads as there are ranks;
@@ -117,7 +118,7 @@ def param_shardings(model: nn.Module, params: Any = None) -> Any:
 
     Args:
       model: from :func:`tensor_parallel`.
-      params: a parameter tree of arrays or shapes, such as a checkpoint's; None for the model's own.
+      params: a parameter tree of arrays or shapes, such as a checkpoint's; None for the model's.
 
     Returns:
       The same tree of NamedSharding, for ``jax.device_put`` or ``jax.jit``. To restore a checkpoint
@@ -189,7 +190,7 @@ class _TensorParallel:
 
 @functools.cache
 def _subclass(cls: type) -> type:
-    """cls with its blocks run by _run_blocks. Its setup, and with it the parameters, are cls's own."""
+    """cls with its blocks run by _run_blocks. Its setup, which makes the parameters, is cls's."""
 
     class TensorParallel(_TensorParallel, cls):
         _: dataclasses.KW_ONLY
@@ -264,9 +265,10 @@ class _Layer:
 
 
 class _SeparateKv(_gemma3_modules.Attention):
-    """Gemma 3 attention that has fewer KV heads than heads, although a rank may have one of each."""
+    """Gemma 3 attention with fewer KV heads than heads, although a rank may have one of each."""
 
-    use_qkv_einsum: bool = False  # a property of the base, which compares the two numbers
+    # A property of the base, which compares the two numbers.
+    use_qkv_einsum: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def _layers(model) -> list[_Layer]:
@@ -318,9 +320,9 @@ def _run_blocks_on_mesh(model, inputs, cache):
         scale_offset=scale_offset,
         implementation=model.implementation,
     )
-    return jax.shard_map(
-        run, mesh=model.mesh, in_specs=in_specs, out_specs=(batch, cache_specs)
-    )(params, inputs, cache)
+    return jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=(batch, cache_specs))(
+        params, inputs, cache
+    )
 
 
 def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tail):
@@ -419,7 +421,7 @@ def _check_placement(model, params) -> None:
     """Arrays that lie otherwise would be moved at every call."""
 
     def check(path, leaf):
-        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
             return
         expected = NamedSharding(model.mesh, model.param_spec(_keys(path), leaf.shape))
         if not leaf.sharding.is_equivalent_to(expected, leaf.ndim):

@@ -37,9 +37,7 @@ def build(variant: str) -> torch.nn.Module:
         "attn_implementation": "eager",
     }
     if variant == "Gemma3":
-        return Gemma3ForCausalLM(
-            Gemma3TextConfig(**common, query_pre_attn_scalar=sizes.HEAD_DIM)
-        )
+        return Gemma3ForCausalLM(Gemma3TextConfig(**common, query_pre_attn_scalar=sizes.HEAD_DIM))
     common |= {
         "global_head_dim": sizes.GLOBAL_HEAD_DIM,
         "final_logit_softcapping": 30.0,
@@ -67,7 +65,7 @@ def build(variant: str) -> torch.nn.Module:
     return Gemma4ForCausalLM(Gemma4TextConfig(**common))
 
 
-def official(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def official(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:  # noqa: PLR0911, PLR0912
     """The parameter that transformers calls name, out of those of the official tree."""
     if name == "embed_tokens.weight":
         return sizes.weight("embedder/input_embedding", shape)
