@@ -125,7 +125,7 @@ def main() -> None:
     """Exits with an error if a sharded model says something else than the unsharded one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="at most 256")
+    parser.add_argument("--max-new-tokens", type=int, default=22, help="at most 256")
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2], help="numbers of devices")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)

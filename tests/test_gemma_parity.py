@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gemma_models import off
+from jax.sharding import PartitionSpec as P
 from runners import make_mesh
 
 from jax_gemma_arf.integrations import gemma
@@ -149,3 +150,25 @@ def test_gradients():
     grads = jax.jit(jax.grad(loss), static_argnums=1)(place(params), model)
     largest = max(np.abs(a).max() for a in jax.tree.leaves(want))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * largest), grads, want)
+
+
+def test_gemma2():
+    """What the variants above do not have: gates of [2, D, H], one projection for query, key and
+    value, capped attention."""
+    changes = {
+        "transpose_gating_einsum": False,
+        "num_kv_heads": sizes.HEADS,
+        "attn_logits_soft_cap": 50.0,
+        "use_qk_norm": False,
+    }
+    official = gemma_models.official("Gemma3", **changes)
+    shapes = jax.eval_shape(official.init, jax.random.key(0), sizes.tokens())["params"]
+    params = jax.tree.map_with_path(
+        lambda path, leaf: sizes.weight(jax.tree_util.keystr(path), leaf.shape), shapes
+    )
+    mesh = make_mesh((2,), ("tp",), jax.devices("cpu")[:2])
+    model = gemma.tensor_parallel(official, mesh)
+    placed = jax.device_put(params, gemma.param_shardings(model))
+    assert placed["layer_0"]["mlp"]["gating_einsum"].sharding.spec == P(None, None, ("tp",))
+    logits = gemma_models.prefill(model, placed)["logits"]
+    assert off(logits, gemma_models.prefill(official, params)["logits"]) < TOLERANCE
