@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= test
 
-.PHONY: help setup build test demo bench bench-rivals lint wheel clean
+.PHONY: help setup build test demo generate bench bench-rivals lint wheel clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | bench | build | lint | wheel | clean"
+	@echo "make demo | generate | test | bench | build | lint | wheel | clean"
 
 # The package is installed editable: Python files are used in place, ffi/ is compiled again when it
 # changes.
@@ -32,6 +32,10 @@ test: setup
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+generate: setup
+	$(BIN)/python -m pip install --quiet --group generate
+	$(BIN)/python -W ignore::DeprecationWarning examples/generate.py $(ARGS)
 
 # On whatever there is: several GPUs, one GPU (all ranks on it) or a CPU (psum alone).
 # BENCH_ARGS= for the full runs, minutes each.

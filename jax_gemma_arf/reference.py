@@ -96,6 +96,23 @@ def _norm(row: jax.Array, norm_scale: jax.Array, *, eps: float, scale_offset: fl
     return row * jax.lax.rsqrt(mean_square + jnp.float32(eps)) * scale
 
 
+def rmsnorm(
+    x: jax.Array, norm_scale: jax.Array, *, eps: float = 1e-6, scale_offset: float = 0.0
+) -> jax.Array:
+    """``rmsnorm(x) * (scale_offset + norm_scale)``, for the norms that follow no all-reduce.
+
+    Args:
+      x: [..., D].
+      norm_scale: [D].
+      eps: added to the mean of squares.
+      scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3.
+
+    Returns:
+      [..., D], x.dtype; float32 inside.
+    """
+    return _norm(x, norm_scale, eps=eps, scale_offset=scale_offset).astype(x.dtype)
+
+
 def reference_post_ff(
     x: jax.Array,
     residual: jax.Array,

@@ -15,7 +15,7 @@ def test_no_placeholder():
 
 
 def test_readme_example():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
@@ -27,6 +27,23 @@ def test_readme_example():
     # rmsnorm of equal entries is 1; (1 * 1 + 1) * 0.5
     assert result.stdout.startswith("[[1 1 1 ... 1 1 1]")
     assert result.stdout.endswith("platform is cpu, not CUDA\n")
+
+
+def test_adopt_example():
+    """Each way in docs/adopting.md; the script compares with float64."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "examples" / "adopt.py"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        "explicit",
+        "automatic",
+        "manual",
+    ]
 
 
 def test_hazards_name_real_tests():

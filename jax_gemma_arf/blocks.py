@@ -1,0 +1,62 @@
+"""What jax_gemma_arf.linen and jax_gemma_arf.nnx compute, as functions of arrays."""
+
+import jax
+import jax.numpy as jnp
+
+from jax_gemma_arf.fused_ops import fused_post_ff, fused_sandwich
+from jax_gemma_arf.support import AxisName
+
+
+def mlp(
+    x: jax.Array,
+    gating_einsum: jax.Array,
+    linear: jax.Array,
+    *,
+    axis_name: AxisName,
+    skip_all_reduce: bool = False,
+) -> jax.Array:
+    """Gemma's gated MLP on this rank's hidden units, inside ``jax.shard_map``.
+
+    Args:
+      x: [..., D], replicated over axis_name.
+      gating_einsum: [2, H, D], gate and up projection of this rank's H hidden units.
+      linear: [H, D], their down-projection.
+      axis_name: the manual mesh axis (or axes) of tensor parallelism.
+      skip_all_reduce: return this rank's partial sums, for a fused operation to reduce.
+
+    Returns:
+      [..., D], reduced unless skip_all_reduce.
+    """
+    gate, up = jnp.einsum("...d,chd->c...h", x, gating_einsum)
+    partial_sums = (jax.nn.gelu(gate) * up) @ linear
+    return partial_sums if skip_all_reduce else jax.lax.psum(partial_sums, axis_name)
+
+
+def tail(
+    partial_sums: jax.Array,
+    h: jax.Array,
+    norm_scale: jax.Array,
+    layer_scalar: jax.Array | None = None,
+    next_norm_scale: jax.Array | None = None,
+    **options,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """fused_post_ff, or with next_norm_scale fused_sandwich; options are theirs."""
+    if next_norm_scale is None:
+        return fused_post_ff(partial_sums, h, norm_scale, layer_scalar, **options)
+    return fused_sandwich(
+        partial_sums, h, norm_scale, layer_scalar, next_norm_scale=next_norm_scale, **options
+    )
+
+
+def local_size(hidden_dim: int, axis_name: AxisName) -> int:
+    """How many of hidden_dim hidden units each rank has.
+
+    Raises:
+      ValueError: if the ranks do not divide them.
+    """
+    ranks = jax.lax.axis_size(axis_name)
+    if hidden_dim % ranks:
+        raise ValueError(
+            f"hidden_dim must be divisible by the {ranks} ranks of {axis_name!r}, got {hidden_dim}"
+        )
+    return hidden_dim // ranks

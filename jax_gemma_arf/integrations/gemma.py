@@ -1,0 +1,443 @@
+"""google-deepmind/gemma (PyPI ``gemma``): its Gemma 2, 3 and 4 models, tensor parallel and fused.
+
+::
+
+    model = tensor_parallel(gm.nn.Gemma4_31B(), mesh)
+    params = jax.device_put(params, param_shardings(model))
+
+Everything else stays as it was: the parameter tree and its names, ``model.apply``, ``init``,
+``init_cache`` and the samplers of ``gm.text``. All blocks run in one ``jax.shard_map``, each with
+the official attention and feed-forward modules at this rank's number of heads and hidden units, so
+that both end in partial sums, for the fused operations to reduce. Embedding and logits stay
+outside, sharded over the vocabulary by the compiler.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from gemma.gm.nn import _modules as _gemma3_modules
+from gemma.gm.nn import _transformer as _gemma3
+from gemma.gm.nn.gemma4 import _transformer as _gemma4
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from kauldron import kd
+
+from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_ff, fused_sandwich
+from jax_gemma_arf.reference import rmsnorm
+from jax_gemma_arf.support import AxisName, axis_names, group_size
+
+# scale_offset of each family: Gemma 2 and 3 store w for a scale of 1 + w. _transformer.Transformer
+# is the base of both; Gemma 3n, whose blocks are built otherwise, is another class.
+_SCALE_OFFSET = {_gemma3.Transformer: 1.0, _gemma4.Transformer: 0.0}
+
+# The axis of each block parameter that is split over the ranks: heads, hidden units or, at the
+# other end, the rows of the two projections whose outputs are partial sums.
+_SHARDED_AXIS = {
+    ("attn", "q_einsum", "w"): 0,
+    ("attn", "k_einsum", "w"): 0,
+    ("attn", "kv_einsum", "w"): 1,
+    ("attn", "qkv_einsum", "w"): 1,
+    ("attn", "attn_vec_einsum", "w"): 0,
+    ("mlp", "gating_einsum"): 1,
+    ("mlp", "linear"): 0,
+    # Gemma 4 26B-A4B, whose mlp holds the experts.
+    ("mlp2", "gating_einsum"): 1,
+    ("mlp2", "linear"): 0,
+    ("mlp", "gating_einsum", "w"): 2,
+    ("mlp", "linear", "w"): 1,
+}
+_KV_PROJECTIONS = ("k_einsum", "kv_einsum")
+
+
+def tensor_parallel[Model: nn.Module](
+    model: Model,
+    mesh: Mesh,
+    axis_name: AxisName = "tp",
+    *,
+    batch_axis_name: AxisName | None = None,
+    implementation: Implementation | None = None,
+) -> Model:
+    """The same model with tensor parallel blocks that end in fused all-reduces.
+
+    A dense block has two, fused_sandwich after attention and after the feed-forward, each with the
+    norm of what comes next. The per-layer inputs of E2B and E4B come between the second and the
+    next norm, so there it is fused_post_ff. 26B-A4B ends in fused_moe_tail.
+
+    KV heads: an axis that divides them splits them. One that is a multiple of them has each held by
+    several ranks, in caches too, which then have as many KV heads as there are ranks;
+    ``model.init_cache`` makes them.
+
+    Args:
+      model: an instance of ``gm.nn.Gemma2_*``, ``Gemma3_*``, ``Gemma4_*`` or of a Transformer of
+        one's own with their config. Its quantised and LoRA wrappers are not supported.
+      mesh: the mesh; its axes are used as in Auto mode, all of them manual in the blocks.
+      axis_name: its axis (or axes) of tensor parallelism.
+      batch_axis_name: an axis (or axes) over which tokens and caches are sharded along the batch.
+      implementation: as in :func:`jax_gemma_arf.fused_post_ff`.
+
+    Returns:
+      An instance of a subclass of ``type(model)``.
+
+    Raises:
+      TypeError: if the model's class is none of these.
+      ValueError: if the mesh lacks an axis, if the axis does not fit the numbers of heads, KV heads
+        or hidden units (the error says which, and what sizes would), or if the model has no
+        post-attention and post-FF norms (Gemma 1).
+    """
+    cls = type(model)
+    if not issubclass(cls, tuple(_SCALE_OFFSET)):
+        raise TypeError(
+            "model must be an official Gemma 2, 3 or 4 Transformer (gm.nn.Gemma3_270M(), "
+            f"gm.nn.Gemma4_31B(), ...), got {cls.__module__}.{cls.__qualname__}"
+        )
+    if isinstance(model, _TensorParallel):
+        raise TypeError("model is tensor parallel already; pass the official one")
+    mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    names = axis_names(axis_name, mesh)
+    batch = () if batch_axis_name is None else axis_names(batch_axis_name, mesh)
+    if overlap := set(names) & set(batch):
+        raise ValueError(f"axis_name and batch_axis_name must not share axes, got {overlap}")
+    _check_config(cls.__name__, model.config, names, group_size(mesh, names))
+    return _subclass(cls)(
+        **_fields(model),
+        mesh=mesh,
+        tp_axes=names,
+        batch_axes=batch,
+        implementation=implementation,
+    )
+
+
+def param_shardings(model: nn.Module, params: Any = None) -> Any:
+    """How the parameters of a tensor parallel model lie on its mesh.
+
+    Args:
+      model: from :func:`tensor_parallel`.
+      params: a parameter tree of arrays or shapes, such as a checkpoint's; None for the model's.
+
+    Returns:
+      The same tree of NamedSharding, for ``jax.device_put`` or ``jax.jit``. To restore a checkpoint
+      that no device holds alone, give ``gm.ckpts.load_params(path, params=..., donate=False)`` a
+      tree of ``jax.ShapeDtypeStruct`` with these.
+
+    Raises:
+      TypeError: if model is not from tensor_parallel.
+    """
+    if not isinstance(model, _TensorParallel):
+        raise TypeError(f"model must come from tensor_parallel, got {type(model).__qualname__}")
+    if params is None:
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(model.mesh, model.param_spec(_keys(path), leaf.shape)),
+        params,
+    )
+
+
+def _check_config(name: str, config: Any, names: tuple[str, ...], size: int) -> None:
+    if not (config.use_post_attn_norm and config.use_post_ffw_norm):
+        raise ValueError(
+            f"{name} has no norms after attention and feed-forward, which are what is fused; "
+            "Gemma 2, 3 and 4 have"
+        )
+    divided = {"num_heads": config.num_heads}
+    if getattr(config, "enable_moe", False):
+        divided |= {
+            "moe_dense_hidden_dim": config.moe_dense_hidden_dim,
+            "expert_dim": config.expert_dim,
+        }
+    else:
+        divided["hidden_dim"] = config.hidden_dim
+    if wide := getattr(config, "override_kv_shared_ffw_hidden", None):
+        divided["override_kv_shared_ffw_hidden"] = wide
+    kv = {"num_kv_heads": config.num_kv_heads}
+    if global_kv := getattr(config, "num_global_kv_heads", None):
+        kv["num_global_kv_heads"] = global_kv
+
+    def misfits(size: int) -> list[str]:
+        return [f"{key}={n} must be divisible by it" for key, n in divided.items() if n % size] + [
+            f"{key}={n} must be divisible by it or divide it"
+            for key, n in kv.items()
+            if n % size and size % n
+        ]
+
+    if wrong := misfits(size):
+        works = [n for n in range(1, config.num_heads + 1) if not misfits(n)]
+        raise ValueError(
+            f"the {size} ranks of {names} do not fit {name}: {'; '.join(wrong)}. Sizes that fit: "
+            f"{works}"
+        )
+
+
+def _fields(module: nn.Module) -> dict[str, Any]:
+    """What to construct it with again, outside of its parent."""
+    fields = (f.name for f in dataclasses.fields(module) if f.init and f.name != "parent")
+    return {name: getattr(module, name) for name in fields}
+
+
+def _keys(path: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(str(getattr(entry, "key", entry)) for entry in path)
+
+
+class _TensorParallel:
+    """Marks the classes that _subclass makes."""
+
+
+@functools.cache
+def _subclass(cls: type) -> type:
+    """cls with its blocks run by _run_blocks. Its setup, which makes the parameters, is cls's."""
+
+    class TensorParallel(_TensorParallel, cls):
+        _: dataclasses.KW_ONLY
+        mesh: Mesh
+        tp_axes: tuple[str, ...]
+        batch_axes: tuple[str, ...]
+        implementation: Implementation | None
+
+        def param_spec(self, path: tuple[str, ...], shape: tuple[int, ...]) -> P:
+            """Of the parameter at path."""
+            size = group_size(self.mesh, self.tp_axes)
+            if path[0] == "embedder" and path[-1] in ("input_embedding", "per_layer_embeddings"):
+                return P(self.tp_axes) if shape[0] % size == 0 else P()
+            axis = _SHARDED_AXIS.get(path[1:]) if path[0].startswith("layer_") else None
+            if axis is None or (path[2] in _KV_PROJECTIONS and shape[axis] < size):
+                return P()
+            if path[1:] == ("mlp", "gating_einsum"):  # [2, hidden_dim, D], or the other way around
+                axis = 1 if getattr(self.config, "transpose_gating_einsum", True) else 2
+            return P(*(None,) * axis, self.tp_axes)
+
+        def cache_spec(self, path: tuple[str, ...]) -> P:
+            """Of the array at path in a cache: KV heads [B, S, K, H], positions or lengths."""
+            heads = (None, self.tp_axes) if path[-1] in ("k", "v") else ()
+            return P(self.batch_axes, *heads)
+
+        def apply(self, variables, *args, **kwargs):
+            _check_placement(self, variables.get("params", {}))
+            return super().apply(variables, *args, **kwargs)
+
+        def init_cache(self, *, batch_size, dtype, cache_length, sharding=None):
+            """As the official one, with each KV head once for each rank that holds it."""
+            cache = self.config.init_cache(
+                batch_size=batch_size, dtype=dtype, cache_length=cache_length
+            )
+            for layer in cache.values():
+                copies = _copies(self, layer["k"].shape[2])
+                layer.update({name: jnp.repeat(layer[name], copies, axis=2) for name in ("k", "v")})
+            if sharding is None:
+                sharding = jax.tree.map_with_path(
+                    lambda path, _: NamedSharding(self.mesh, self.cache_spec(_keys(path))), cache
+                )
+            return kd.sharding.with_sharding_constraint(cache, sharding)
+
+        def _apply_attention(self, inputs, cache):
+            if self.is_initializing():
+                return super()._apply_attention(inputs, cache)
+            return _run_blocks_on_mesh(self, inputs, cache)
+
+    TensorParallel.__name__ = cls.__name__
+    TensorParallel.__qualname__ = f"tensor_parallel({cls.__qualname__})"
+    return TensorParallel
+
+
+def _copies(model, kv_heads: int) -> int:
+    """How many ranks hold one and the same KV head."""
+    return max(1, group_size(model.mesh, model.tp_axes) // kv_heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One block's official modules at this rank's sizes; their outputs are partial sums.
+
+    experts: the routed experts of a block that has them beside its mlp. kv_source: the layer whose
+    keys and values this one uses, or None. mask: the name of its attention mask in the inputs.
+    """
+
+    attention: nn.Module
+    mlp: nn.Module
+    experts: nn.Module | None
+    kv_source: str | None
+    mask: str
+
+
+class _SeparateKv(_gemma3_modules.Attention):
+    """Gemma 3 attention with fewer KV heads than heads, although a rank may have one of each."""
+
+    # A property of the base, which compares the two numbers.
+    use_qkv_einsum: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def _layers(model) -> list[_Layer]:
+    """From the blocks that model's setup made."""
+    size = group_size(model.mesh, model.tp_axes)
+
+    def local(module, *names):
+        fields = _fields(module)
+        cls = type(module) if getattr(module, "use_qkv_einsum", True) else _SeparateKv
+        fields |= {name: max(1, fields[name] // size) for name in names}
+        return cls(**fields, parent=None)
+
+    layers = []
+    for i, block in enumerate(model.blocks):
+        attention = local(block.attn, "num_heads", "num_kv_heads")
+        moe = getattr(block, "enable_moe", False)
+        mlp = block.mlp2 if moe else block.mlp
+        sharing = getattr(model, "kv_cache_sharing_patterns", range(len(model.blocks)))
+        sliding = block.attn_type.name == "LOCAL_SLIDING"
+        layers.append(
+            _Layer(
+                attention=attention,
+                mlp=local(mlp, "hidden_dim"),
+                experts=local(block.mlp, "hidden_dim") if moe else None,
+                kv_source=None if sharing[i] == i else f"layer_{sharing[i]}",
+                mask="sliding_attention_mask" if sliding else "attention_mask",
+            )
+        )
+    return layers
+
+
+def _run_blocks_on_mesh(model, inputs, cache):
+    """Blocks and final norm: what _apply_attention returns, from the inputs that it takes."""
+    params = model.variables["params"]
+    params = {key: params[key] for key in params if key.startswith(("layer_", "final_norm"))}
+    _check_cache(model, cache)
+    batch = P(model.batch_axes)
+    cache_specs = jax.tree.map_with_path(lambda path, _: model.cache_spec(_keys(path)), cache)
+    in_specs = (
+        jax.tree.map_with_path(lambda path, a: model.param_spec(_keys(path), a.shape), params),
+        jax.tree.map(lambda _: batch, inputs),
+        cache_specs,
+    )
+    (scale_offset,) = (n for base, n in _SCALE_OFFSET.items() if isinstance(model, base))
+    run = functools.partial(
+        _run_blocks,
+        layers=_layers(model),
+        axis_name=model.tp_axes,
+        scale_offset=scale_offset,
+        implementation=model.implementation,
+    )
+    return jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=(batch, cache_specs))(
+        params, inputs, cache
+    )
+
+
+def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tail):
+    """On one rank. Each block hands the next one its output, and that output normed for it."""
+    tail["axis_name"] = axis_name
+    old_cache, new_cache = cache or {}, {}
+    next_scales = [params[f"layer_{i}"]["pre_attention_norm"]["scale"] for i in range(len(layers))]
+    next_scales.append(params["final_norm"]["scale"])
+    h = inputs.embeddings
+    normed = rmsnorm(h, next_scales[0], scale_offset=tail["scale_offset"])
+    for i, layer in enumerate(layers):
+        name = f"layer_{i}"
+        p = params[name]
+        mask = getattr(inputs, layer.mask, None)
+        shared = {} if layer.kv_source is None else {"kv_shared_cache": new_cache[layer.kv_source]}
+        new_cache[name], attended = layer.attention.apply(
+            {"params": _own_kv_heads(p["attn"], layer.attention.num_kv_heads, axis_name)},
+            normed,
+            inputs.positions,
+            old_cache.get(name),
+            inputs.attention_mask if mask is None else mask,
+            **shared,
+        )
+        feed_forward = _dense_half if layer.experts is None else _moe_half
+        per_layer_inputs = getattr(inputs, "per_layer_inputs", None)
+        per_layer_input = None if per_layer_inputs is None else per_layer_inputs[..., i, :]
+        h, normed = feed_forward(layer, p, attended, h, per_layer_input, next_scales[i + 1], tail)
+    return normed, None if cache is None else new_cache
+
+
+def _dense_half(layer, p, attended, h, per_layer_input, next_scale, tail):
+    """A block from its attention's partial sums on: (output, output normed by next_scale)."""
+    h, normed = fused_sandwich(
+        attended,
+        h,
+        p["post_attention_norm"]["scale"],
+        next_norm_scale=p["pre_ffw_norm"]["scale"],
+        **tail,
+    )
+    partial_sums = layer.mlp.apply({"params": p["mlp"]}, normed)
+    norm_scale, layer_scalar = p["post_ffw_norm"]["scale"], p.get("skip_scale")
+    if per_layer_input is None:
+        return fused_sandwich(
+            partial_sums, h, norm_scale, layer_scalar, next_norm_scale=next_scale, **tail
+        )
+    h = fused_post_ff(partial_sums, h, norm_scale, **tail)
+    gated = nn.gelu(h @ p["per_layer_input_gate"]["w"]) * per_layer_input
+    update = gated @ p["per_layer_projection"]["w"]
+    h = (h + rmsnorm(update, p["post_per_layer_input_norm"]["scale"])) * layer_scalar
+    return h, rmsnorm(h, next_scale)
+
+
+def _moe_half(layer, p, attended, h, per_layer_input, next_scale, tail):
+    """As _dense_half, with a dense branch, mlp2, and an expert branch, mlp."""
+    del per_layer_input  # no model has both
+    h, (normed, experts_normed) = fused_sandwich(
+        attended,
+        h,
+        p["post_attention_norm"]["scale"],
+        next_norm_scale=(p["pre_ffw2_norm"]["scale"], p["pre_ffw_norm"]["scale"]),
+        **tail,
+    )
+    return fused_moe_tail(
+        layer.mlp.apply({"params": p["mlp2"]}, normed),
+        layer.experts.apply({"params": p["mlp"]}, experts_normed),
+        h,
+        p["post_ffw2_norm"]["scale"],
+        p["post_ffw1_norm"]["scale"],
+        p["post_ffw_norm"]["scale"],
+        p["skip_scale"],
+        next_norm_scale=next_scale,
+        **tail,
+    )
+
+
+def _own_kv_heads(attn, local_heads: int, axis_name):
+    """The KV projections of this rank, also where several ranks share a head.
+
+    Those are replicated, and rank r's query heads attend to KV head r * kv_heads // ranks.
+    """
+
+    def own(path, w):
+        name = _keys(path)[0]
+        if name not in _KV_PROJECTIONS:
+            return w
+        axis = _SHARDED_AXIS["attn", name, "w"]
+        if w.shape[axis] == local_heads:
+            return w
+        head = jax.lax.axis_index(axis_name) * w.shape[axis] // jax.lax.axis_size(axis_name)
+        return jax.lax.dynamic_slice_in_dim(w, head, 1, axis)
+
+    return jax.tree.map_with_path(own, attn)
+
+
+def _check_placement(model, params) -> None:
+    """Arrays that lie otherwise would be moved at every call."""
+
+    def check(path, leaf):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+            return
+        expected = NamedSharding(model.mesh, model.param_spec(_keys(path), leaf.shape))
+        if not leaf.sharding.is_equivalent_to(expected, leaf.ndim):
+            raise ValueError(
+                f"parameter {'/'.join(_keys(path))} must lie as {expected}, got {leaf.sharding}; "
+                "place them once with jax.device_put(params, param_shardings(model))"
+            )
+
+    jax.tree.map_with_path(check, params)
+
+
+def _check_cache(model, cache) -> None:
+    size = group_size(model.mesh, model.tp_axes)
+    for name, layer in (cache or {}).items():
+        if (heads := layer["k"].shape[2]) % size:
+            raise ValueError(
+                f"{name} of the cache has {heads} KV heads, which {size} ranks do not divide; "
+                "make the cache with init_cache of the tensor parallel model"
+            )

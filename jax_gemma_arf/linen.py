@@ -1,0 +1,121 @@
+"""Gemma building blocks for flax.linen, to be applied inside ``jax.shard_map``.
+
+Names and shapes of the parameters are google-deepmind/gemma's. ``init``, outside of shard_map,
+makes the hidden units of all ranks; ``apply``, inside, reads those of its own, so that parameters
+enter the shard_map as ``param_specs`` says.
+"""
+
+import jax
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+from jax_gemma_arf import blocks
+from jax_gemma_arf.fused_ops import Implementation
+from jax_gemma_arf.reference import rmsnorm
+from jax_gemma_arf.support import AxisName
+
+
+class MLP(nn.Module):
+    """Gemma's gated MLP: parameters gating_einsum [2, hidden_dim, D] and linear [hidden_dim, D].
+
+    Attributes:
+      hidden_dim: of all ranks together.
+      axis_name: the manual mesh axis (or axes) of tensor parallelism.
+      skip_all_reduce: return this rank's partial sums, for a fused operation to reduce.
+    """
+
+    hidden_dim: int
+    axis_name: AxisName
+    skip_all_reduce: bool = False
+
+    def param_specs(self) -> dict[str, P]:
+        """How each parameter is sharded."""
+        return {"gating_einsum": P(None, self.axis_name), "linear": P(self.axis_name)}
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., D]."""
+        size = self.hidden_dim
+        if not self.is_initializing():
+            size = blocks.local_size(size, self.axis_name)
+        features = x.shape[-1]
+        normal = nn.initializers.normal()
+        gating_einsum = self.param("gating_einsum", normal, (2, size, features), x.dtype)
+        linear = self.param("linear", normal, (size, features), x.dtype)
+        if self.is_initializing():
+            return x
+        return blocks.mlp(
+            x,
+            gating_einsum,
+            linear,
+            axis_name=self.axis_name,
+            skip_all_reduce=self.skip_all_reduce,
+        )
+
+
+class FeedForward(nn.Module):
+    """The second half of a block, ending in fused_post_ff or fused_sandwich.
+
+    Parameters, as in an official block: pre_ffw_norm/scale [D], those of MLP in mlp,
+    post_ffw_norm/scale [D] and, with layer_scalar, skip_scale [1].
+
+    Attributes:
+      hidden_dim: of all ranks together.
+      axis_name, implementation: as in fused_post_ff.
+      scale_offset: 0.0 for Gemma 4; 1.0 for Gemma 2 and 3.
+      layer_scalar: whether there is one: Gemma 4, but for E2B and E4B, where it comes later.
+    """
+
+    hidden_dim: int
+    axis_name: AxisName
+    scale_offset: float = 0.0
+    layer_scalar: bool = True
+    implementation: Implementation | None = None
+
+    def param_specs(self) -> dict[str, P | dict[str, P]]:
+        """How each parameter is sharded."""
+        mlp = MLP(self.hidden_dim, self.axis_name, parent=None).param_specs()
+        specs = {"pre_ffw_norm": {"scale": P()}, "mlp": mlp, "post_ffw_norm": {"scale": P()}}
+        return specs | ({"skip_scale": P()} if self.layer_scalar else {})
+
+    @nn.compact
+    def __call__(self, h: jax.Array, next_norm_scale: jax.Array | None = None):
+        """The residual stream [..., D] to the block's output.
+
+        With next_norm_scale [D], the norm that reads that output, to (output, output normed).
+        """
+        ones = nn.initializers.constant(1 - self.scale_offset)  # a scale of 1 in all
+
+        def scale(name: str) -> jax.Array:
+            return _Scale(h.shape[-1], ones, h.dtype, name=name)()
+
+        normed = rmsnorm(h, scale("pre_ffw_norm"), scale_offset=self.scale_offset)
+        mlp = MLP(self.hidden_dim, self.axis_name, skip_all_reduce=True, name="mlp")
+        partial_sums, norm_scale = mlp(normed), scale("post_ffw_norm")
+        skip_scale = None
+        if self.layer_scalar:
+            skip_scale = self.param("skip_scale", nn.initializers.ones, (1,), h.dtype)
+        if self.is_initializing():
+            return h
+        return blocks.tail(
+            partial_sums,
+            h,
+            norm_scale,
+            skip_scale,
+            next_norm_scale,
+            axis_name=self.axis_name,
+            scale_offset=self.scale_offset,
+            implementation=self.implementation,
+        )
+
+
+class _Scale(nn.Module):
+    """The one parameter of a norm."""
+
+    features: int
+    initializer: nn.initializers.Initializer
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("scale", self.initializer, (self.features,), self.dtype)

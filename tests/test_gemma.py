@@ -1,0 +1,188 @@
+"""The integration itself: what is compiled, how arrays lie, and what is refused."""
+
+import re
+
+import gemma_models
+import gemma_sizes as sizes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
+import pytest
+from gemma_models import ckpts, off
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from runners import make_mesh
+
+from jax_gemma_arf import lowering
+from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
+
+all_variants = pytest.mark.parametrize("variant", sizes.VARIANTS)
+
+
+def lowered(variant: str, mesh, platform: str, implementation=None) -> str:
+    """StableHLO of the whole model in bfloat16, as text."""
+    model = gemma_models.official(variant, dtype=jnp.bfloat16)
+    model = tensor_parallel(model, mesh, implementation=implementation)
+    params = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=s),
+        gemma_models.shapes(variant),
+        param_shardings(model),
+    )
+    tokens = jax.ShapeDtypeStruct((sizes.BATCH, sizes.TOKENS), jnp.int32)
+    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)
+    return apply.trace(params, tokens).lower(lowering_platforms=(platform,)).as_text()
+
+
+def row_norms(text: str) -> int:
+    """How many RMSNorms over D there are: one rsqrt a token, unlike those over heads."""
+    return len(re.findall(rf"rsqrt .*tensor<{sizes.BATCH}x{sizes.TOKENS}x1xb?f\d+>", text))
+
+
+@all_variants
+def test_two_calls_a_layer(variant, mesh, built):
+    """Compiled for CUDA, a layer is two launches, without an all-reduce or a norm of its own."""
+    text = lowered(variant, mesh, "cuda", "cuda")
+    layers = sizes.LAYERS[variant]
+    assert text.count(f"@{lowering.MESH_TARGET}") == 2 * layers
+    assert "all_reduce" not in text
+    # The norm before the first layer. E2B's per-layer branch has a norm, and moves the next one out
+    # of the fused call; the experts' router has one.
+    assert row_norms(text) == 1 + {"E2B": 2, "26B": 1}.get(variant, 0) * layers
+
+
+@all_variants
+def test_all_reduces_without_the_kernel(variant, mesh):
+    """One for each site, and for the second branch of an MoE layer."""
+    text = lowered(variant, mesh, "cpu")
+    layers = sizes.LAYERS[variant]
+    assert text.count("stablehlo.all_reduce") == (3 if variant == "26B" else 2) * layers
+    assert row_norms(text) >= 4 * layers
+
+
+@all_variants
+def test_parameters(variant, mesh):
+    """init makes the official tree; heads and hidden units are split, KV heads where there are
+    enough, and the vocabulary."""
+    model = tensor_parallel(gemma_models.official(variant), mesh)
+    assert isinstance(model, type(gemma_models.official(variant)))
+    own = jax.eval_shape(model.init, jax.random.key(0), sizes.tokens())["params"]
+    assert own == gemma_models.shapes(variant)
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(model))
+    layer = specs["layer_0"]
+    tp = ("tp",)
+    assert specs["embedder"]["input_embedding"] == P(tp)
+    assert layer["attn"]["q_einsum"]["w"] == P(tp)
+    assert layer["attn"]["attn_vec_einsum"]["w"] == P(tp)
+    kv = P(None, tp) if sizes.KV_HEADS[variant] == 2 else P()
+    assert layer["attn"]["kv_einsum"]["w"] == kv
+    dense = layer["mlp2" if variant == "26B" else "mlp"]
+    assert dense == {"gating_einsum": P(None, tp), "linear": P(tp)}
+    if variant == "26B":
+        assert layer["mlp"]["gating_einsum"]["w"] == P(None, None, tp)
+        assert layer["mlp"]["linear"]["w"] == P(None, tp)
+        assert layer["mlp"]["router_logits"]["w"] == P()
+    assert layer["pre_ffw_norm"]["scale"] == P()
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_meshes(axis_type, cpus):
+    """Batches over another axis; tensor parallelism over an axis that is not the first."""
+    mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4], axis_type)
+    official = gemma_models.official("31B")
+    model = tensor_parallel(official, mesh, batch_axis_name="data")
+    host = gemma_models.params("31B")
+    expected = gemma_models.prefill(official, host)["logits"]
+    params = jax.device_put(host, param_shardings(model))
+    assert off(gemma_models.prefill(model, params)["logits"], expected) < 2e-5
+    assert off(gemma_models.cached_logits(model, params), expected) < 2e-5
+    cache = model.init_cache(batch_size=2, dtype=jnp.float32, cache_length=8)
+    assert cache["layer_0"]["k"].sharding.spec == P(("data",), None, ("tp",))
+    assert cache["layer_0"]["positions"].sharding.spec == P(("data",))
+
+
+def test_cache_holds_each_kv_head_once_a_rank(cpus):
+    mesh = make_mesh((4,), ("tp",), cpus[:4])
+    model = tensor_parallel(gemma_models.official("31B"), mesh)
+    cache = model.init_cache(batch_size=1, dtype=jnp.bfloat16, cache_length=8)
+    assert [cache[f"layer_{i}"]["v"].shape for i in range(2)] == [
+        (1, 8, 4, sizes.HEAD_DIM),
+        (1, 8, 4, sizes.GLOBAL_HEAD_DIM),
+    ]
+
+
+def test_checkpoint(mesh, tmp_path):
+    """Official parameters, restored by the official function, never on one device alone."""
+    host = gemma_models.params("Gemma3")
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "params", host)
+    model = tensor_parallel(gemma_models.official("Gemma3"), mesh)
+    wanted = jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        gemma_models.shapes("Gemma3"),
+        param_shardings(model),
+    )
+    params = ckpts.load_params(tmp_path / "params", params=wanted, donate=False)
+    model.apply({"params": params}, sizes.tokens())  # which checks how they lie
+    jax.tree.map(np.testing.assert_array_equal, params, host)
+
+
+def test_unknown_model(mesh):
+    with pytest.raises(TypeError, match=r"official Gemma 2, 3 or 4 Transformer.*got builtins.dict"):
+        tensor_parallel({}, mesh)
+    model = tensor_parallel(gemma_models.official("31B"), mesh)
+    with pytest.raises(TypeError, match="tensor parallel already"):
+        tensor_parallel(model, mesh)
+    with pytest.raises(TypeError, match="must come from tensor_parallel"):
+        param_shardings(gemma_models.official("31B"))
+
+
+def test_missing_axis(mesh):
+    with pytest.raises(ValueError, match=r"axes of the mesh.*got 'model'"):
+        tensor_parallel(gemma_models.official("31B"), mesh, "model")
+    with pytest.raises(ValueError, match="must not share axes"):
+        tensor_parallel(gemma_models.official("31B"), mesh, batch_axis_name="tp")
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        ("31B", {}, r"3 ranks .*num_heads=4 must be divisible by it; hidden_dim=128 .*\[1, 2, 4\]"),
+        (
+            "31B",
+            {"num_heads": 12, "hidden_dim": 96},
+            r": num_kv_heads=2 must .* or divide it\. ",
+        ),
+        ("E2B", {"num_heads": 6, "hidden_dim": 96}, r"override_kv_shared_ffw_hidden=256"),
+        ("26B", {"num_heads": 6, "num_kv_heads": 3}, r": moe_dense_hidden_dim=128.*expert_dim=32"),
+        ("Gemma3", {"num_heads": 6}, r": hidden_dim=128 must be divisible by it\. .*\[1, 2\]"),
+    ],
+)
+def test_indivisible(variant, changes, message, cpus):
+    """The error says what does not fit, and what would."""
+    mesh = make_mesh((3,), ("tp",), cpus[:3])
+    model = gemma_models.official(variant, **changes)
+    with pytest.raises(ValueError, match=message):
+        tensor_parallel(model, mesh)
+
+
+def test_no_post_norms(mesh):
+    model = gemma_models.official("Gemma3", use_post_attn_norm=False)
+    with pytest.raises(ValueError, match="no norms after attention and feed-forward"):
+        tensor_parallel(model, mesh)
+
+
+def test_parameters_that_lie_otherwise(mesh):
+    model = tensor_parallel(gemma_models.official("31B"), mesh)
+    params = jax.device_put(gemma_models.params("31B"), mesh.devices[0])
+    with pytest.raises(ValueError, match=r"parameter \S+ must lie as .*param_shardings"):
+        model.apply({"params": params}, sizes.tokens())
+
+
+def test_official_cache_with_too_few_heads(mesh):
+    model = tensor_parallel(gemma_models.official("E2B"), mesh)
+    params = jax.device_put(gemma_models.params("E2B"), param_shardings(model))
+    cache = model.config.init_cache(batch_size=2, dtype=jnp.float32, cache_length=16)
+    mask = np.ones((2, sizes.TOKENS, 16), bool)
+    with pytest.raises(ValueError, match=r"layer_0 of the cache has 1 KV heads.*init_cache"):
+        model.apply({"params": params}, sizes.tokens(), cache=cache, attention_mask=mask)
