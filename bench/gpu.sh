@@ -20,7 +20,7 @@ run_test() {  # in processes of their own: loopback fills a GPU with the workspa
 }
 run_sanitize() {
   local tool
-  for tool in memcheck racecheck; do
+  for tool in memcheck racecheck initcheck; do
     step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/sanitize.py
   done
 }

@@ -66,9 +66,7 @@ class Place:
         """One call: from inputs to what every rank holds of hidden and the next norms."""
         if self.mesh is None:
             return lambda inputs: loopback_tail(Operands(*inputs))
-        return mesh_call(
-            case, self.mesh, implementation="cuda", out_specs=P("tp"), every_rank=True
-        )
+        return mesh_call(case, self.mesh, implementation="cuda", out_specs=P("tp"), every_rank=True)
 
 
 def gpu_mesh(devices) -> jax.sharding.Mesh:

@@ -92,7 +92,9 @@ def in_full_memory(ranks: int) -> None:
         message = expect_no_memory(lambda o: call(o, algorithm="one_shot"), operands)
         assert re.search(rf"rank \d of {ranks} \(CUDA device 0\): no \d+ bytes", message), message
     assert jga.workspaces() == before
-    assert abs(device_memory.free_bytes(0) - free) <= 64 * MIB  # the ranks that had some gave it back
+    assert (
+        abs(device_memory.free_bytes(0) - free) <= 64 * MIB
+    )  # the ranks that had some gave it back
     # The next call works: one that has a workspace, and one that finds memory for its own.
     for algorithm in ("one_shot", "two_shot"):
         outputs = [np.asarray(out)[0] for out in call(small, algorithm=algorithm)]
@@ -205,9 +207,7 @@ def two_calls_at_once(ranks: int, algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-def test_two_calls_at_once_in_loopback(
-    built, require_gpus, capsys, record_property, algorithm
-):
+def test_two_calls_at_once_in_loopback(built, require_gpus, capsys, record_property, algorithm):
     """Hazard 9: what happens where a user lets XLA run independent calls concurrently, which
     docs/design.md forbids. Whatever it is, it ends."""
     require_gpus(1)
