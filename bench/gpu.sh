@@ -15,8 +15,8 @@ step() { # SECONDS COMMAND...
 
 run_report() { step 60 python3 -P -m jax_gemma_arf; }  # -P: the installed package, not this tree
 run_test() {  # in processes of their own: loopback fills a GPU with the workspaces of all ranks
-  step 300 pytest -q -k loopback tests
-  step 300 pytest -q -k multi_gpu tests
+  step 600 pytest -q -k loopback tests
+  step 600 pytest -q -k multi_gpu tests
 }
 run_sanitize() {
   local tool

@@ -43,12 +43,12 @@ class Child:
             f"import signal; signal.alarm({ALARM}); "
             f"import {module}; {module}.{function.__name__}(*{arguments!r})"
         )
-        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],  # -P: the installed package, not this tree
             env={
                 **os.environ,
-                "PYTHONPATH": str(TESTS),
+                "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
                 **(env or {}),
             },

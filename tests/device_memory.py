@@ -1,4 +1,4 @@
-"""A GPU's memory through the CUDA driver, past JAX: to fill it, and to write where nobody should."""
+"""A GPU's memory through the CUDA driver, past JAX: to fill it, and to write where none should."""
 
 import contextlib
 import ctypes

@@ -31,7 +31,7 @@ from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 
 TOKENS = (1, 2, 3, 7, 16, 33, 64, 130)
-# Of inputs a case. An iteration calls it once on each of them: XLA would merge calls that are alike.
+# Of inputs a case. An iteration calls it once on each of them: XLA would merge equal calls.
 SETS = 3
 
 

@@ -25,6 +25,7 @@ STEPS = 6
 # What each step's output is the next one's residual of.
 DECODE = Case((4,), 2560, op="sandwich", next_norms=1)
 
+jax.export.register_namedtuple_serialization(Inputs, serialized_name="cases.Inputs")
 CUSTOM_CALLS = [
     jax.export.DisabledSafetyCheck.custom_call(target)
     for target in (lowering.MESH_TARGET, lowering.LOOPBACK_TARGET)
@@ -129,10 +130,15 @@ def donated(function, _):
     return copy_and_call
 
 
+# As many calls to a CUDA graph as can be, also where nothing else stands between them.
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUSTOM_CALL",
+    "xla_gpu_graph_min_graph_size": "1",
+}
 PROGRAMS = {
     "jit": (unrolled, jitted()),
     "no_graphs": (unrolled, jitted(xla_gpu_enable_command_buffer="")),
-    "graphs": (unrolled, jitted(xla_gpu_graph_min_graph_size="1")),
+    "graphs": (unrolled, jitted(**GRAPHS)),
     "latency_hiding": (unrolled, jitted(xla_gpu_enable_latency_hiding_scheduler=True)),
     "aot": (unrolled, ahead_of_time),
     "export": (unrolled, exported),
