@@ -2,6 +2,7 @@
 meshes in turn, and several threads. In loopback and over a mesh of GPUs; all results must be the
 first, oracle-checked ones, bit for bit."""
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -21,8 +22,9 @@ from jax_gemma_arf import lowering
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 
+NO_LOCK = contextlib.nullcontext()
 STEPS = 6
-# What each step's output is the next one's residual of.
+# Each step's output is the next one's residual.
 DECODE = Case((4,), 2560, op="sandwich", next_norms=1)
 
 jax.export.register_namedtuple_serialization(Inputs, serialized_name="cases.Inputs")
@@ -166,19 +168,23 @@ def test_programs(where, name):
         same_bits(call(inputs), want.residual)
 
 
-def in_turn(programs, rounds: int, seed: int = 0) -> None:
+def in_turn(programs, rounds: int, seed: int = 0, dispatch=NO_LOCK) -> None:
     """Checks every (place, case) against the oracle, then all of them in random order against
-    that."""
+    that. dispatch: held while a call is dispatched."""
     calls = []
     for place_, case in programs:
         inputs = place_.inputs(case)
         call = jax.jit(place_.call(case))
-        first = call(inputs)
+        with dispatch:
+            first = call(inputs)
         outputs = [np.asarray(out)[0] for out in first]
         assert_matches(case, make_inputs(case, place_.ranks), outputs, exact_sum=True)
         calls.append((call, inputs, first))
     order = np.random.default_rng(seed).integers(len(calls), size=rounds)
-    pending = [(calls[i][0](calls[i][1]), calls[i][2]) for i in order]
+    pending = []
+    for call, inputs, first in (calls[i] for i in order):
+        with dispatch:
+            pending.append((call(inputs), first))
     for outputs, first in pending:
         same_bits(outputs, first)
 
@@ -213,11 +219,13 @@ def test_meshes_in_turn_multi_gpu(built, require_gpus):
 def from_threads(kind: str, ranks: int) -> None:
     jga.set_peer_timeout(10)
     mesh = gpu_mesh(jax.devices("cuda")[:ranks]) if kind == "multi_gpu" else None
+    programs = [(Place(ranks, mesh), case) for case in TWO_MODELS]
+    dispatch = NO_LOCK if mesh is None else threading.Lock()
     failures = []
 
     def work(seed: int) -> None:
         try:
-            in_turn([(Place(ranks, mesh), case) for case in TWO_MODELS], rounds=100, seed=seed)
+            in_turn(programs, rounds=100, seed=seed, dispatch=dispatch)
         except BaseException as error:
             failures.append(error)
             raise
@@ -236,10 +244,11 @@ def from_threads(kind: str, ranks: int) -> None:
 
 @pytest.mark.parametrize(("kind", "ranks"), [("loopback", 2), ("loopback", 4), ("multi_gpu", 2)])
 def test_threads(built, require_gpus, kind, ranks):
-    """Hazard 9: several Python threads dispatch to the same devices.
+    """Hazard 9: several Python threads have calls in flight on the same devices.
 
-    On a mesh XLA lets one run at a time have a group's communicator. Loopback has none, and its
-    ranks' streams are shared, so there XLA must let one run at a time have the device.
+    Over a mesh all devices must get programs in one order, whatever collectives are in them, so the
+    threads take turns to dispatch. In loopback they do not, but the ranks' streams are shared, so
+    XLA must let one run at a time have the device.
     """
     require_gpus(ranks if kind == "multi_gpu" else 1)
     env = {"XLA_FLAGS": "--xla_gpu_require_exclusive_lock=true"} if kind == "loopback" else {}
