@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= test
 
-.PHONY: help setup build test demo lint wheel clean
+.PHONY: help setup build test demo bench bench-rivals lint wheel clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | build | lint | wheel | clean"
+	@echo "make demo | test | bench | build | lint | wheel | clean"
 
 # The package is installed editable: Python files are used in place, ffi/ is compiled again when it
 # changes.
@@ -16,7 +16,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.built: pyproject.toml CMakeLists.txt $(wildcard cmake/* ffi/*) | $(BIN)/python
+$(VENV)/.built: pyproject.toml CMakeLists.txt $(wildcard ffi/*) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@$(BIN)/python -m jax_gemma_arf --extension
 	@touch $@
@@ -33,11 +33,27 @@ test: setup
 demo: setup
 	$(BIN)/python examples/demo.py
 
+# On whatever there is: several GPUs, one GPU (all ranks on it) or a CPU (psum alone).
+# BENCH_ARGS= for the full runs, minutes each.
+BENCH_ARGS ?= --quick
+bench: setup
+	@if command -v nvcc > /dev/null; then $(MAKE) bench-rivals; fi
+	$(BIN)/python bench/op.py $(BENCH_ARGS)
+	$(BIN)/python bench/block.py $(BENCH_ARGS)
+	$(BIN)/python bench/profile_compare.py $(BENCH_ARGS)
+
+# FlashInfer's kernels, which op.py compares with; needs nvcc.
+bench-rivals: build/rivals/.built
+
+build/rivals/.built: $(wildcard bench/rivals/*) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/rivals ./bench/rivals
+	@touch $@
+
 lint: setup
 	$(BIN)/python -m pip install --quiet --group dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard ffi/*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard ffi/* bench/rivals/*.cc bench/rivals/*.cu bench/rivals/*.h)
 	$(BIN)/pyright
 
 wheel: setup

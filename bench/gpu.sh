@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs GPUs, on a machine that has the package installed: what the machine is, the
-# loopback and multi_gpu tests, compute-sanitizer on a selection, and timings. Each step has a time
-# limit, since a kernel that spins for a peer would not end by itself.
+# loopback and multi_gpu tests, compute-sanitizer on a selection, and the benchmarks. Each step has
+# a time limit, since a kernel that spins for a peer might not end by itself.
 #
-#   bench/gpu.sh [report|test|sanitize|speed]...      default: all
+#   bench/gpu.sh [report|test|stress|sanitize|speed|op|ops|block|quick]...
+#
+# speed is op, ops and block, and the demo; quick is a short run of the benchmarks; the default is
+# all but quick.
+# Records and plots go to $OUT, else to bench/records. COMMIT names the commit where there is no git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 gpus=$(nvidia-smi -L | wc -l)
@@ -18,25 +22,44 @@ run_test() {  # in processes of their own: loopback fills a GPU with the workspa
   step 600 pytest -q -k loopback tests
   step 600 pytest -q -k multi_gpu tests
 }
+run_stress() {
+  local ranks
+  for ranks in 2 4 8; do
+    step 300 python3 tests/stress.py --ranks "$ranks" --calls 1000000 --seconds 200
+  done
+  if ((gpus > 1)); then
+    step 300 python3 tests/stress.py --mesh --calls 1000000 --seconds 200
+  fi
+}
 run_sanitize() {
   local tool
   for tool in memcheck racecheck initcheck; do
     step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/sanitize.py
   done
 }
-run_speed() {
-  step 120 python3 bench/op.py --mode loopback --ranks 2 --tokens 1 16 64 256 1024
-  if ((gpus > 1)); then
-    step 200 python3 bench/op.py --mode mesh --ranks 2 --hidden 5376 2560
-  fi
-  step 120 python3 examples/demo.py
+run_op() {  # loopback where there is one GPU, here and below
+  step 420 python3 bench/op.py --ops post_ff --hidden 5376
+}
+run_ops() {
+  step 240 python3 bench/op.py --ops sandwich all_reduce_norm moe_tail --hidden 5376 \
+    --tokens 1 16 128 1024 4096 --flag-sets A C
+}
+run_block() {
+  step 300 python3 bench/block.py --models 31B E4B --tokens 1 16 128 1024 --flag-sets A C
+  step 120 python3 bench/profile_compare.py
+}
+run_speed() { run_op; run_ops; run_block; step 120 python3 examples/demo.py; }
+run_quick() {
+  step 90 python3 bench/op.py --quick
+  step 90 python3 bench/block.py --quick
+  step 90 python3 bench/profile_compare.py --quick
 }
 
 for part in "${@:-all}"; do
   case "$part" in
-    all) run_report; run_test; run_sanitize; run_speed ;;
-    report | test | sanitize | speed) "run_$part" ;;
-    *) echo "unknown part: $part; use report, test, sanitize or speed" >&2; exit 2 ;;
+    all) run_report; run_test; run_stress; run_sanitize; run_speed ;;
+    report | test | stress | sanitize | speed | op | ops | block | quick) "run_$part" ;;
+    *) echo "unknown part: $part; use one of those at the top of this script" >&2; exit 2 ;;
   esac
 done
 exit "$failed"

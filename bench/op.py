@@ -1,154 +1,529 @@
-"""Times fused_post_ff against psum + tail: all ranks on one GPU (loopback) or over a mesh of GPUs.
+"""Times the fused operations against every rival, over Gemma 4's widths and many token counts.
 
-Every number is the wall time of a chain of dependent calls inside one jit, divided by its length,
-median over repeats with the spread, on random data. A chain of 50 runs as a CUDA graph, so on a GPU
-this is kernel time plus the gaps inside the graph. Each timed configuration is checked against the
-psum implementation (mesh) or the float32 tail (loopback) first.
+Rivals: psum + tail as XLA compiles it, under each of common.FLAG_SETS in a process of its own;
+FlashInfer's fused all-reduce + norm with the rest of the tail in XLA (this project's first design);
+and two floors, FlashInfer's all-reduce alone and the wire: pushing the bytes that any all-reduce
+must send, both ways at once. Not here: a Pallas multimem all-reduce, since NVLink multicast, on
+which it rests, is left off; FlashInfer's torch path, whose kernels are those measured.
+
+Two columns, both microseconds a call, from chains of dependent calls in one jit, in bfloat16:
+
+  wall    wall time of the chain over its length; caches are flushed between chains, and each call
+          has a residual and scales of its own, so that they come from memory. Median and half the
+          interquartile range.
+  kernel  from a profile of the same chain: time in which a kernel ran, on the rank that is busy
+          least (a kernel that waits for its peer is busy).
+
+Every timed chain is compared with a float32 oracle. On one GPU all ranks share it (loopback: no
+wire, no psum), on a CPU only psum + tail runs; both are for trying the benchmark out.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import functools
-import statistics
-import time
-from typing import Literal
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 from unittest import mock
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import report
+import rivals
+import xplane
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import support
-from jax_gemma_arf.loopback import loopback_post_ff
-from jax_gemma_arf.reference import post_ff_tail
+from jax_gemma_arf import extension, support
+from jax_gemma_arf.loopback import loopback_tail
+from jax_gemma_arf.reference import Operands
 
-TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+QUICK_TOKENS = (1, 64, 1024)
+SCALAR = np.float32(0.5)
+#: Of a row after a chain of bfloat16 steps: what 50 roundings add up to is half of that.
+BOUND = 2**-5
 
-
-def timed(call, *operands, chain: int, repeats: int = 15, runs: int = 5) -> tuple[float, float]:
-    """Median and half the interquartile range of microseconds per link of the chain."""
-    for _ in range(4):
-        jax.block_until_ready(call(*operands))
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        out = None
-        for _ in range(runs):  # one output alive at a time, so that its buffer stays in place
-            out = call(*operands)
-        jax.block_until_ready(out)
-        samples.append((time.perf_counter() - start) / (runs * chain) * 1e6)
-    low, middle, high = statistics.quantiles(samples, n=4)
-    return middle, (high - low) / 2
+State = tuple[jax.Array, ...]
 
 
-def inputs(ranks: int, tokens: int, hidden: int) -> list[jax.Array]:
-    """x [N, tokens, D], residual, norm_scale, layer_scalar in bfloat16."""
-    keys = jax.random.split(jax.random.key(tokens), 3)
-    bf16 = jnp.bfloat16
-    return [
-        jax.random.normal(keys[0], (ranks, tokens, hidden), bf16),
-        jax.random.normal(keys[1], (tokens, hidden), bf16),
-        1 + jax.random.normal(keys[2], (hidden,), bf16) / 8,
-        jnp.asarray(0.5, bf16),
-    ]
+class Cold(NamedTuple):
+    """What one call reads besides the partial sums, and no other call of the chain does."""
+
+    residual: jax.Array  # [tokens, D]
+    scales: tuple[jax.Array, ...]  # four times [D]
 
 
-def loopback_chain(algorithm: str | None, chain: int, max_ctas: int = 0):
-    """Each link's partial sums are the last link's outputs, so that nothing runs in between."""
+class Op(NamedTuple):
+    """A fused operation as a link of a chain.
 
-    @jax.jit
-    def run(x, residual, norm_scale, layer_scalar):
-        for _ in range(chain):
-            x = loopback_post_ff(
-                x, residual, norm_scale, layer_scalar, algorithm=algorithm, max_ctas=max_ctas
+    link: (call, state, cold) -> the next link's state. It must hold all outputs of the call, lest
+    XLA leave one out, and no array twice, lest XLA reduce it once. oracle: the call in float32,
+    with the partial sums of all ranks, [N, tokens, D]. varying: for each array of the state,
+    whether it is partial sums or else the same on all ranks.
+    """
+
+    link: Callable[[Callable[..., Any], State, Cold], State]
+    oracle: Callable[..., Any]
+    varying: tuple[bool, ...]
+
+
+def rmsnorm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """In float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def rank_sum(x: jax.Array) -> jax.Array:
+    """[N, tokens, D] summed in float32, rounded once, for each rank."""
+    return jnp.broadcast_to(x.astype(jnp.float32).sum(0).astype(x.dtype), x.shape)
+
+
+def post_ff_oracle(x, residual, norm_scale, layer_scalar):
+    out = (rmsnorm(rank_sum(x), norm_scale) + residual) * layer_scalar
+    return out.astype(x.dtype)
+
+
+def post_ff_link(call, state, cold):
+    (x,) = state
+    return (call(x, cold.residual, cold.scales[0], SCALAR),)
+
+
+def sandwich_oracle(x, residual, norm_scale, layer_scalar, *, next_norm_scale):
+    hidden = post_ff_oracle(x, residual, norm_scale, layer_scalar)
+    return hidden, rmsnorm(hidden, next_norm_scale).astype(x.dtype)
+
+
+def sandwich_link(call, state, cold):
+    x, hidden = state
+    hidden, normed = call(x, hidden, cold.scales[0], SCALAR, next_norm_scale=cold.scales[1])
+    return normed, hidden
+
+
+def sandwich_link_in_loopback(call, state, cold):
+    """There hidden is [N, tokens, D], which is no residual."""
+    (x,) = state
+    return call(x, cold.residual, cold.scales[0], SCALAR, next_norm_scale=cold.scales[1])[1:]
+
+
+def all_reduce_norm_oracle(x, norm_scale):
+    return rmsnorm(rank_sum(x), norm_scale).astype(x.dtype)
+
+
+def all_reduce_norm_link(call, state, cold):
+    (x,) = state
+    return (call(x, cold.scales[0]),)
+
+
+def moe_tail_oracle(
+    dense, experts, residual, dense_scale, expert_scale, norm_scale, scalar, *, next_norm_scale
+):
+    branches = rmsnorm(rank_sum(dense), dense_scale) + rmsnorm(rank_sum(experts), expert_scale)
+    hidden = ((rmsnorm(branches, norm_scale) + residual) * scalar).astype(dense.dtype)
+    return hidden, rmsnorm(hidden, next_norm_scale).astype(dense.dtype)
+
+
+def moe_tail_link(call, state, cold):
+    scales, next_norm_scale = cold.scales[:3], cold.scales[3]
+    return call(*state, cold.residual, *scales, SCALAR, next_norm_scale=next_norm_scale)
+
+
+OPS = {
+    "post_ff": Op(post_ff_link, post_ff_oracle, (True,)),
+    "sandwich": Op(sandwich_link, sandwich_oracle, (True, False)),
+    "all_reduce_norm": Op(all_reduce_norm_link, all_reduce_norm_oracle, (True,)),
+    "moe_tail": Op(moe_tail_link, moe_tail_oracle, (True, True)),
+}
+LOOPBACK_OPS = OPS | {"sandwich": Op(sandwich_link_in_loopback, sandwich_oracle, (True,))}
+
+
+OPERANDS = {
+    "post_ff": lambda x, residual, scale, scalar: Operands((x,), (scale,), residual, scalar),
+    "sandwich": lambda x, residual, scale, scalar, next_norm_scale: Operands(
+        (x,), (scale,), residual, scalar, (next_norm_scale,)
+    ),
+    "all_reduce_norm": lambda x, scale: Operands((x,), (scale,)),
+    "moe_tail": lambda dense, experts, residual, *scales, next_norm_scale: Operands(
+        (dense, experts), scales[:3], residual, scales[3], (next_norm_scale,)
+    ),
+}
+
+
+def loopback_call(op: str, *arrays, algorithm: str | None = None, **next_norm):
+    """A fused operation with the partial sums of all ranks, [N, tokens, D], on one GPU."""
+    results = loopback_tail(OPERANDS[op](*arrays, **next_norm), algorithm=algorithm)
+    hidden, *normed = results
+    return results if normed else hidden
+
+
+class Config(NamedTuple):
+    """One line of the table. links: the length of the chain."""
+
+    op: str
+    hidden: int
+    tokens: int
+    links: int
+
+    @property
+    def message_bytes(self) -> int:
+        """Of one partial sum on one rank."""
+        return 2 * self.tokens * self.hidden
+
+
+class Contender(NamedTuple):
+    """body: (state, colds) -> state, on one rank of a mesh or on all in loopback.
+
+    name: as in the table; oracle: (state, stacked Cold) -> state, None for a contender that is
+    checked otherwise; lowering: a context in which to lower it.
+    """
+
+    name: str
+    body: Callable[[State, list[Cold]], State]
+    oracle: Callable[[State, Cold], State] | None
+    lowering: Callable[[], Any] = contextlib.nullcontext
+
+
+def chain(link, call) -> Callable[[State, list[Cold]], State]:
+    """Calls in a row, each on what the one before it returned."""
+
+    step = jax.jit(functools.partial(link, call))  # traced once, inlined by XLA
+
+    def body(state, colds):
+        for cold in colds:
+            state = step(state, cold)
+        return state
+
+    return body
+
+
+def oracle_chain(link, call) -> Callable[[State, Cold], State]:
+    """The same as one loop."""
+
+    def body(state, stacked):
+        return jax.lax.scan(lambda state, cold: (link(call, state, cold), None), state, stacked)[0]
+
+    return body
+
+
+class Bench:
+    """The devices, how a chain becomes a program on them, and who contends."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.mode, devices = common.devices_for(arguments.ranks)
+        self.ranks = (arguments.ranks or 2) if self.mode == "loopback" else len(devices)
+        self.ops = LOOPBACK_OPS if self.mode == "loopback" else OPS
+        auto = (jax.sharding.AxisType.Auto,)
+        self.mesh = jax.make_mesh((len(devices),), ("tp",), axis_types=auto, devices=devices)
+        self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
+        self.flag_set = arguments.flag_set
+        self.algorithms = arguments.algorithms
+        self.configs = list(self._configs(arguments))
+        self.rivals = self._load_rivals(devices)
+
+    def _load_rivals(self, devices: list[Any]) -> str:
+        """ "built", or why there are no rivals."""
+        if self.mode == "cpu" or self.flag_set != "A" or self.ranks not in support.AXIS_SIZES:
+            return "not wanted"
+        if rivals.load() is None:
+            return "not built: make bench-rivals"
+        ordinals = [d.local_hardware_id for d in devices] * (self.ranks // len(devices))
+        try:
+            rivals.create(ordinals, max(config.message_bytes for config in self.configs))
+        except RuntimeError as error:
+            return f"not started: {error}"
+        return "built"
+
+    def _configs(self, arguments) -> Iterator[Config]:
+        for op, hidden, tokens in itertools.product(
+            arguments.ops, arguments.hidden, arguments.tokens
+        ):
+            links = 4 if self.mode == "cpu" else 50
+            if 2 * tokens * hidden > 4 << 20:
+                links = min(links, 16 if 2 * tokens * hidden <= 32 << 20 else 8)
+            yield Config(op, hidden, tokens, links)
+
+    def contenders(self, config: Config) -> Iterator[Contender]:
+        """In the order in which they are timed; the second time around comes by itself."""
+        link, oracle, _ = self.ops[config.op]
+        want = oracle_chain(link, oracle)
+        if self.mode == "loopback":
+            call = functools.partial(loopback_call, config.op)
+            yield Contender("sum", chain(link, oracle), want)
+            yield Contender("fused", chain(link, call), want)
+            for algorithm in self.algorithms:
+                forced = functools.partial(call, algorithm=algorithm)
+                yield Contender(f"fused {algorithm}", chain(link, forced), want)
+        else:
+            call = functools.partial(getattr(jga, f"fused_{config.op}"), axis_name="tp")
+            psum = functools.partial(call, implementation="xla")
+            fused = functools.partial(call, implementation="cuda")
+            yield Contender("psum", chain(link, psum), want)
+            if self.mode == "cpu" or self.flag_set != "A":
+                return
+            yield Contender("fused", chain(link, fused), want)
+            for name in self.algorithms:
+                force = functools.partial(
+                    mock.patch.object, support, "choose_algorithm", lambda *_, name=name: name
+                )
+                yield Contender(f"fused {name}", chain(link, fused), want, force)
+        if config.op == "post_ff" and self.rivals == "built":
+            yield from self._rivals(config, want)
+
+    def again(self, names: Iterable[str]) -> list[str]:
+        """What is timed once more at the end, to show what a difference is worth."""
+        twice = ("fused", "psum") if self.flag_set == "A" else ()
+        return [f"{name} again" for name in names if name in twice]
+
+    def _rivals(self, config: Config, want) -> Iterator[Contender]:
+        ranks = self.ranks
+
+        def norm_then_tail(x, residual, norm_scale, layer_scalar):
+            zeros = jnp.zeros_like(residual)  # norm, then add: FlashInfer would add, then norm
+            normed = rivals.all_reduce_norm(x, zeros, norm_scale, ranks=ranks)
+            out = (normed.astype(jnp.float32) + residual) * layer_scalar
+            return out.astype(residual.dtype)
+
+        yield Contender("flashinfer norm + tail", chain(post_ff_link, norm_then_tail), want)
+
+        # Every link multiplies by the number of ranks, and bfloat16 must hold that.
+        small = float(ranks) ** -(config.links / 2)
+
+        def sums(state, colds):
+            (x,) = state
+            x = x * jnp.asarray(small, x.dtype)
+            for _ in colds:
+                x = rivals.all_reduce(x, ranks=ranks)
+            return (x,)
+
+        def want_sums(state, stacked):
+            del stacked
+            (x,) = state
+            x = rank_sum(x * jnp.asarray(small, x.dtype)).astype(jnp.float32)
+            return (x * float(ranks) ** (config.links - 1),)
+
+        yield Contender("flashinfer all-reduce", sums, want_sums)
+
+        def pushes(state, colds):
+            (x,) = state
+            for _ in colds:
+                x = rivals.wire(x, ranks=ranks)
+            return (x,)
+
+        if self.mode == "mesh":
+            yield Contender("wire", pushes, None)
+
+    def generator(self, config: Config):
+        """Jitted: key -> the first state, and what all links read, stacked."""
+
+        def make(key):
+            keys = jax.random.split(key, 3)
+            shape = (config.tokens, config.hidden)
+            varying = self.ops[config.op].varying
+            state = jax.random.normal(keys[0], (len(varying), self.ranks, *shape), jnp.bfloat16)
+            state = [
+                x if varies else jnp.broadcast_to(x[0], x.shape)
+                for x, varies in zip(state, varying)
+            ]
+            residual = jax.random.normal(keys[1], (config.links, *shape), jnp.bfloat16)
+            scales = jax.random.normal(keys[2], (4, config.links, config.hidden), jnp.bfloat16)
+            return tuple(state), Cold(residual, tuple(1 + scales / 8))
+
+        return jax.jit(make, out_shardings=(self._sharding(P("tp")), self._sharding(P())))
+
+    def _sharding(self, spec: P) -> jax.NamedSharding:
+        return jax.NamedSharding(self.mesh, spec if self.mode != "loopback" else P())
+
+    def program(self, body):
+        """Jitted, over global arrays [N, ...]."""
+        if self.mode == "loopback":
+            return jax.jit(body)
+
+        def local(state, colds):
+            return tuple(x[None] for x in body(tuple(x[0] for x in state), colds))
+
+        specs = (P("tp"), P())
+        return jax.jit(
+            jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=P("tp"), check_vma=False)
+        )
+
+    def abstract(self, config: Config) -> tuple[State, Cold, Cold]:
+        """Shapes and shardings of the first state, of all cold operands stacked, and of one."""
+
+        def place(tree, spec, leading=0):
+            sharding = self._sharding(spec)
+            return jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape[leading:], a.dtype, sharding=sharding), tree
             )
-        return x
 
-    return run
+        state, stacked = jax.eval_shape(self.generator(config), random_key())
+        return place(state, P("tp")), place(stacked, P()), place(stacked, P(), leading=1)
+
+    def lower(
+        self, config: Config, contender: Contender, platforms: tuple[str, ...] | None = None
+    ) -> jax.stages.Lowered:
+        """For operands that need not be there yet; for these devices, or for other platforms."""
+        state, _, cold = self.abstract(config)
+        with contender.lowering():
+            traced = self.program(contender.body).trace(state, [cold] * config.links)
+            return traced.lower(lowering_platforms=platforms)
+
+    def compile(self, config: Config, pool: concurrent.futures.Executor) -> "Line":
+        """Starts to compile all that a line of the table runs."""
+        state, stacked, _ = self.abstract(config)
+        contenders = list(self.contenders(config))
+        oracles = {c.oracle: jax.jit(c.oracle) for c in contenders if c.oracle is not None}
+        return Line(
+            config,
+            contenders,
+            {c.name: start(pool, functools.partial(self.lower, config, c)) for c in contenders},
+            {
+                oracle: start(pool, functools.partial(program.lower, state, stacked))
+                for oracle, program in oracles.items()
+            },
+            start(pool, functools.partial(self.generator(config).lower, random_key())),
+            start(pool, functools.partial(jax.jit(pick).lower, stacked, 0)),
+        )
+
+    def check_wire(self, state: State) -> bool:
+        """Whether each rank received what the next one sent."""
+        read = self.program(lambda state, _: (rivals.wire(state[0], ranks=self.ranks, read=True),))
+        sent = [
+            x.reshape(self.ranks, -1)[:, : 2 * x[0].size // self.ranks]
+            for x in (*read(state, []), jnp.roll(state[0], -1, axis=0))
+        ]
+        return bool(jnp.array_equal(sent[0], sent[1]))
+
+    def measure(self, line: "Line") -> None:
+        """Times the programs of a line and emits their rows."""
+        config = line.config
+        state, stacked = line.generator.result()(random_key())
+        colds = [line.pick.result()(stacked, k) for k in range(config.links)]
+        wanted = {key: program.result()(state, stacked) for key, program in line.oracles.items()}
+        contenders = {contender.name: contender for contender in line.contenders}
+        for name in (*contenders, *self.again(contenders)):
+            row = {**config._asdict(), "implementation": name, "flag_set": self.flag_set}
+            contender = contenders[name.removesuffix(" again")]
+            try:
+                call = functools.partial(line.programs[contender.name].result(), state, colds)
+                if contender.oracle is None:
+                    row["matches"] = self.check_wire(state)
+                else:
+                    row["row_error"], row["matches"] = compare(call(), wanted[contender.oracle])
+                row["wall_us"] = self.clock.microseconds(call, config.links)
+                self.clock.flush()
+                row["kernel_us"] = xplane.kernel_microseconds(call, config.links)
+            except Exception as error:  # a contender that fails is a result, too
+                row["error"] = f"{type(error).__name__}: {error}"[:500]
+            common.emit(row)
 
 
-def mesh_chain(mesh: jax.sharding.Mesh, implementation: Literal["cuda", "xla"], chain: int):
-    """As loopback_chain, over a mesh: no link's sum can be shared or hoisted."""
+class Line(NamedTuple):
+    """What a line of the table runs; futures of compiled programs."""
 
-    def local(x, *others):
-        call = functools.partial(jga.fused_post_ff, axis_name="tp", implementation=implementation)
-        x = x[0]
-        for _ in range(chain):
-            x = jax.lax.pcast(call(x, *others), "tp", to="varying")
-        return x[None]
-
-    specs = (P("tp"), P(), P(), P())
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("tp")))
+    config: Config
+    contenders: list[Contender]
+    programs: dict[str, concurrent.futures.Future]
+    oracles: dict[Callable, concurrent.futures.Future]
+    generator: concurrent.futures.Future
+    pick: concurrent.futures.Future
 
 
-def check(out: jax.Array, want: jax.Array) -> None:
-    """After a chain of bfloat16 steps, each rounded."""
-    np.testing.assert_allclose(
-        np.asarray(out, np.float32), np.asarray(want, np.float32), rtol=2**-5, atol=2**-4
+def start(
+    pool: concurrent.futures.Executor, lower: Callable[[], jax.stages.Lowered]
+) -> concurrent.futures.Future:
+    """Lowers, here and now, and starts to compile. What goes wrong is the future's."""
+    try:
+        return pool.submit(lower().compile)
+    except Exception as error:
+        failed = concurrent.futures.Future()
+        failed.set_exception(error)
+        return failed
+
+
+def random_key() -> jax.Array:
+    return jax.random.key(0, impl="rbg")  # which compiles fast
+
+
+def pick(stacked: Cold, k: int) -> Cold:
+    return jax.tree.map(lambda a: a[k], stacked)
+
+
+@jax.jit
+def _compare(out: State, want: State) -> tuple[jax.Array, jax.Array]:
+    errors = []
+    for pair in zip(out, want):
+        got, expected = (array.astype(jnp.float32) for array in pair)
+        size = jnp.max(jnp.abs(expected))  # squares must not overflow
+        off = jnp.linalg.norm((got - expected) / size, axis=-1)
+        errors.append(off / jnp.linalg.norm(expected / size, axis=-1))
+    errors = jnp.stack(errors)
+    return jnp.max(errors), jnp.all(errors <= BOUND)  # false for NaN, which max may leave out
+
+
+def compare(out: State, want: State) -> tuple[float, bool]:
+    """The largest ||out - want|| / ||want|| of any row, and whether all are within BOUND."""
+    error, within = _compare(out, want)
+    return float(error), bool(within)
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """A child's part: all contenders of one flag set."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    bench = Bench(arguments)
+    names = [[c.name for c in bench.contenders(config)] for config in bench.configs]
+    facts = {
+        "mode": bench.mode,
+        "ranks": bench.ranks,
+        "device": bench.mesh.devices.flat[0].device_kind,
+        "timings": sum(len(line) + len(bench.again(line)) for line in names),
+        "extension": extension.why_missing() or "built",
+        "rivals": bench.rivals,
+    }
+    common.emit({"facts": facts})
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        lines = [bench.compile(config, pool) for config in bench.configs]
+    while lines:  # all is compiled by now
+        bench.measure(lines.pop(0))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, with their defaults filled in."""
+    parser = argparse.ArgumentParser(description="Times the fused operations against every rival.")
+    common.add_arguments(parser, child_seconds=240)
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=None, help="default: all")
+    parser.add_argument("--hidden", type=int, nargs="+", help="default: Gemma 4's four widths")
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {TOKENS}")
+    parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=None)
+    parser.add_argument(
+        "--algorithms",
+        nargs="+",
+        choices=("one_shot", "two_shot"),
+        default=[],
+        help="time the kernel also with its algorithm forced",
     )
-
-
-def want_chain(x, residual, norm_scale, layer_scalar, chain: int) -> jax.Array:
-    """loopback_chain with the float32 rank sum and tail."""
-    for _ in range(chain):
-        summed = functools.reduce(jnp.add, (part.astype(jnp.float32) for part in x))
-        out = post_ff_tail(summed.astype(x.dtype), residual, norm_scale, layer_scalar)
-        x = jnp.broadcast_to(out, x.shape)
-    return x
-
-
-def loopback(ranks: int, hidden: int, tokens: int, chain: int) -> dict[str, tuple[float, float]]:
-    """Both algorithms, all ranks on one GPU."""
-    operands = inputs(ranks, tokens, hidden)
-    want = jax.jit(functools.partial(want_chain, chain=chain))(*operands)
-    results = {}
-    for algorithm in ("one_shot", "two_shot"):
-        call = loopback_chain(algorithm, chain)
-        check(call(*operands), want)
-        results[algorithm] = timed(call, *operands, chain=chain)
-    results["one_shot again"] = timed(loopback_chain("one_shot", chain), *operands, chain=chain)
-    return results
-
-
-def mesh(ranks: int, hidden: int, tokens: int, chain: int) -> dict[str, tuple[float, float]]:
-    """psum + tail, and both algorithms, over `ranks` GPUs."""
-    devices = jax.devices()[:ranks]
-    tp = jax.make_mesh((ranks,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-    operands = [
-        jax.device_put(a, jax.NamedSharding(tp, P("tp") if i == 0 else P()))
-        for i, a in enumerate(inputs(ranks, tokens, hidden))
-    ]
-    psum = mesh_chain(tp, "xla", chain)
-    want = psum(*operands)
-    results = {"psum": timed(psum, *operands, chain=chain)}
-    for algorithm in ("one_shot", "two_shot"):
-        with mock.patch.object(support, "choose_algorithm", lambda *_, name=algorithm: name):
-            call = mesh_chain(tp, "cuda", chain)
-            check(call(*operands), want)
-        results[algorithm] = timed(call, *operands, chain=chain)
-    results["psum again"] = timed(psum, *operands, chain=chain)
-    return results
+    arguments = parser.parse_args(argv)
+    quick = arguments.quick
+    arguments.ops = arguments.ops or (["post_ff"] if quick else list(OPS))
+    arguments.hidden = arguments.hidden or ([5376] if quick else list(common.HIDDEN.values()))
+    arguments.tokens = arguments.tokens or (QUICK_TOKENS if quick else TOKENS)
+    if arguments.flag_sets is None:
+        arguments.flag_sets = ["A", "C"] if quick else list(common.FLAG_SETS)
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times fused_post_ff against psum.")
-    parser.add_argument("--mode", choices=("loopback", "mesh"), default="loopback")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[5376])
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--chain", type=int, default=50)
-    arguments = parser.parse_args()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {arguments.mode}, bfloat16, us")
-    for hidden in arguments.hidden:
-        for tokens in arguments.tokens:
-            measure = loopback if arguments.mode == "loopback" else mesh
-            results = measure(arguments.ranks, hidden, tokens, arguments.chain)
-            columns = "  ".join(
-                f"{name} {middle:8.2f} +-{spread:5.2f}"
-                for name, (middle, spread) in results.items()
-            )
-            print(f"N {arguments.ranks} D {hidden:5} tokens {tokens:5}: {columns}", flush=True)
+    arguments = parse()
+    if common.in_child(arguments):
+        work(arguments)
+        return
+
+    content = common.run_children(
+        arguments.flag_sets, arguments, "{implementation}, D {hidden}, {tokens} tokens"
+    )
+    report.finish("op", content, arguments.out)
 
 
 if __name__ == "__main__":

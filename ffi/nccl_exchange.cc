@@ -17,8 +17,9 @@ namespace {
 using ::xla::ffi::Error;
 using ::xla::ffi::ErrorOr;
 
-// How long a rank waits for its peers while they agree on a workspace.
-constexpr std::chrono::seconds kDeadline{60};
+// How long a rank waits for its peers while they agree on a workspace: they may still be compiling
+// the program that this rank runs already.
+constexpr std::chrono::seconds kDeadline{600};
 
 // The few NCCL functions used, from the library that XLA has loaded; this one links none of its
 // own.

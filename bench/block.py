@@ -1,0 +1,321 @@
+"""Times whole Gemma 4 blocks, decode and prefill, with the tails as psum and fused.
+
+A block here is what surrounds the tails: pre-norm, a projection to the heads, the out-projection
+and its tail, pre-norm, the gated feed-forward and its tail, at real sizes, tensor parallel over all
+GPUs, with enough layers for the weights to stream from memory. Attention itself is left out, and in
+26B-A4B the experts.
+
+Microseconds a layer (wall time, median and half the interquartile range), beside two floors: the
+same block with its tails and norms left out, and the time to read its weights once at the copy
+bandwidth measured here. The psum tail runs under each of common.FLAG_SETS. Every implementation is
+compared with the unsharded block. On one GPU all ranks share it (loopback), with their projections
+as batched products; on a CPU only psum runs, with cut-down sizes.
+"""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import report
+from jax.sharding import PartitionSpec as P
+
+import jax_gemma_arf as jga
+from jax_gemma_arf import loopback
+from jax_gemma_arf.reference import Operands, post_ff_tail
+
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+QUICK_TOKENS = (4, 1024)
+#: ||out - want|| / ||want|| of a stack of bfloat16 blocks; adding before the norm gives 0.5.
+BOUND = 2**-5
+
+Layer = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A block. heads: the width of the attention's output. scalar: whether the block ends with it
+    (in E4B it comes after the per-layer inputs)."""
+
+    hidden: int
+    ff: int
+    heads: int
+    scalar: bool = True
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one layer's parameters."""
+        return {
+            "pre_attention_norm": (self.hidden,),
+            "w_heads": (self.hidden, self.heads),
+            "w_out": (self.heads, self.hidden),
+            "post_attention_norm": (self.hidden,),
+            "pre_ff_norm": (self.hidden,),
+            "w_gate": (self.hidden, self.ff),
+            "w_up": (self.hidden, self.ff),
+            "w_down": (self.ff, self.hidden),
+            "post_ff_norm": (self.hidden,),
+        }
+
+    def weight_bytes(self) -> int:
+        """Of one layer, over all ranks, in bfloat16."""
+        return 2 * self.hidden * (2 * self.heads + 3 * self.ff)
+
+
+MODELS = {
+    "31B": Sizes(hidden=5376, ff=21504, heads=8192),
+    "26B-A4B": Sizes(hidden=2816, ff=2112, heads=4096),
+    "E4B": Sizes(hidden=2560, ff=10240, heads=2048, scalar=False),
+}
+SPECS = {
+    "w_heads": P(None, "tp"),
+    "w_gate": P(None, "tp"),
+    "w_up": P(None, "tp"),
+    "w_out": P("tp", None),
+    "w_down": P("tp", None),
+}
+
+
+def rmsnorm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """RMSNorm over the last axis, in float32, rounded to x.dtype."""
+    row = x.astype(jnp.float32)
+    row = row * jax.lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + 1e-6)
+    return (row * scale).astype(x.dtype)
+
+
+def feed_forward(x: jax.Array, p: Layer, project: Callable) -> jax.Array:
+    """Partial sums of the gated feed-forward."""
+    return project(jax.nn.gelu(x @ p["w_gate"]) * (x @ p["w_up"]), p["w_down"])
+
+
+def with_post_ff(h: jax.Array, layers: list[Layer], scalar: tuple, tail, project) -> jax.Array:
+    """Blocks whose tails are calls of fused_post_ff; XLA does the pre-norms."""
+    for p in layers:
+        heads = rmsnorm(h, p["pre_attention_norm"]) @ p["w_heads"]
+        h = tail(project(heads, p["w_out"]), h, p["post_attention_norm"])
+        x = rmsnorm(h, p["pre_ff_norm"])
+        h = tail(feed_forward(x, p, project), h, p["post_ff_norm"], *scalar)
+    return h
+
+
+def with_sandwich(h: jax.Array, layers: list[Layer], scalar: tuple, tail, project) -> jax.Array:
+    """Blocks whose tails are calls of fused_sandwich, which does the next pre-norm too."""
+    x = rmsnorm(h, layers[0]["pre_attention_norm"])
+    for p, following in zip(layers, (*layers[1:], layers[0])):
+        sums = project(x @ p["w_heads"], p["w_out"])
+        h, x = tail(sums, h, p["post_attention_norm"], next_norm_scale=p["pre_ff_norm"])
+        sums = feed_forward(x, p, project)
+        after = following["pre_attention_norm"]
+        h, x = tail(sums, h, p["post_ff_norm"], *scalar, next_norm_scale=after)
+    return h
+
+
+def matmuls_alone(h: jax.Array, layers: list[Layer], scalar: tuple, tail, project) -> jax.Array:
+    """Without norms, all-reduce, residual and scalar: no tail can take less than nothing."""
+    del scalar, tail
+    for p in layers:
+        h = project(h @ p["w_heads"], p["w_out"])
+        h = feed_forward(h, p, project)
+    return h
+
+
+class Bench:
+    """A model's blocks on the devices there are."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.mode, devices = common.devices_for(arguments.ranks)
+        self.ranks = (arguments.ranks or 2) if self.mode == "loopback" else len(devices)
+        auto = (jax.sharding.AxisType.Auto,)
+        self.mesh = jax.make_mesh((len(devices),), ("tp",), axis_types=auto, devices=devices)
+        self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
+        self.layers = 2 if self.mode == "cpu" else arguments.layers
+        self.flag_set = arguments.flag_set
+
+    def sizes(self, model: str) -> Sizes:
+        sizes = MODELS[model]
+        return sizes if self.mode != "cpu" else Sizes(sizes.hidden // 4, ff=1024, heads=512)
+
+    def _generator(self, make: Callable, specs: Any) -> Callable:
+        shardings = jax.tree.map(functools.partial(jax.NamedSharding, self.mesh), specs)
+        return jax.jit(make, out_shardings=shardings)
+
+    def parameters(self, sizes: Sizes) -> list[Layer]:
+        """Random layers, sharded over the ranks as tensor parallelism does."""
+        shapes = sizes.shapes()
+
+        def make(key):
+            layer = {}
+            for noise_key, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items()):
+                noise = jax.random.normal(noise_key, shape, jnp.bfloat16)
+                layer[name] = noise * shape[0] ** -0.5 if len(shape) == 2 else 1 + noise / 8
+            return layer
+
+        generate = self._generator(make, {name: SPECS.get(name, P()) for name in shapes})
+        key = jax.random.key(0, impl="rbg")  # compiles fast
+        return [generate(jax.random.fold_in(key, index)) for index in range(self.layers)]
+
+    def hidden(self, sizes: Sizes, tokens: int) -> jax.Array:
+        shape = (tokens, sizes.hidden)
+        generate = self._generator(lambda key: jax.random.normal(key, shape, jnp.bfloat16), P())
+        return generate(jax.random.key(1, impl="rbg"))
+
+    def implementations(self) -> Mapping[str, tuple[Callable, Callable | None]]:
+        """Name: (blocks, tail)."""
+        if self.mode == "loopback":
+            return {
+                "sum": (with_post_ff, lambda x, *others: post_ff_tail(rank_sum(x), *others)),
+                "fused": (with_post_ff, loopback_post_ff),
+                "fused sandwich": (with_sandwich, loopback_sandwich),
+                "matmuls alone": (matmuls_alone, None),
+            }
+        tail = functools.partial(jga.fused_post_ff, axis_name="tp")
+        sandwich = functools.partial(jga.fused_sandwich, axis_name="tp", implementation="cuda")
+        psum = {"psum": (with_post_ff, functools.partial(tail, implementation="xla"))}
+        if self.mode == "cpu" or self.flag_set != "A":
+            return psum
+        return psum | {
+            "fused": (with_post_ff, functools.partial(tail, implementation="cuda")),
+            "fused sandwich": (with_sandwich, sandwich),
+            "matmuls alone": (matmuls_alone, None),
+        }
+
+    def program(self, sizes: Sizes, blocks: Callable, tail: Callable | None):
+        """Jitted: (h, layers) -> h, tensor parallel."""
+        scalar = (0.5,) if sizes.scalar else ()
+        if self.mode == "loopback":
+            project = functools.partial(project_ranks, ranks=self.ranks)
+            if tail is None:
+                project = jnp.matmul
+            return jax.jit(lambda h, layers: blocks(h, layers, scalar, tail, project))
+        specs = [{name: SPECS.get(name, P()) for name in sizes.shapes()}] * self.layers
+        return jax.jit(
+            jax.shard_map(
+                lambda h, layers: blocks(h, layers, scalar, tail, jnp.matmul),
+                mesh=self.mesh,
+                in_specs=(P(), specs),
+                out_specs=P(),
+                check_vma=False,
+            )
+        )
+
+    def want(self, sizes: Sizes, h: jax.Array, layers: list[Layer]) -> jax.Array:
+        """The blocks unsharded, as XLA's partitioner sees them."""
+        scalar = (0.5,) if sizes.scalar else ()
+        return jax.jit(lambda h, layers: with_post_ff(h, layers, scalar, post_ff_tail, jnp.matmul))(
+            h, layers
+        )
+
+    def cases(self, models, tokens, names=None) -> Iterator[tuple[dict[str, Any], Callable]]:
+        """Rows yet without times, each with the call to time unless the row has an error."""
+        for model in models:
+            sizes = self.sizes(model)
+            layers = self.parameters(sizes)
+            for count in tokens:
+                h = self.hidden(sizes, count)
+                want = self.want(sizes, h, layers)
+                for name, (blocks, tail) in self.implementations().items():
+                    if names is not None and name not in names:
+                        continue
+                    row: dict[str, Any] = {
+                        "model": model,
+                        "tokens": count,
+                        "implementation": name,
+                        "flag_set": self.flag_set,
+                    }
+                    program = self.program(sizes, blocks, tail)
+                    try:
+                        out = program(h, layers)
+                        if tail is not None:
+                            row["relative_error"] = relative_error(out, want)
+                            row["matches"] = row["relative_error"] <= BOUND
+                    except Exception as error:  # an implementation that fails is a result, too
+                        row["error"] = f"{type(error).__name__}: {error}"[:500]
+                    yield row, functools.partial(program, h, layers)
+
+
+def project_ranks(x: jax.Array, w: jax.Array, *, ranks: int) -> jax.Array:
+    """x @ w as the partial sums of all ranks, [N, tokens, D]."""
+    x = x.reshape(len(x), ranks, -1)
+    return jnp.einsum("tnf,nfd->ntd", x, w.reshape(ranks, -1, w.shape[1]))
+
+
+def loopback_post_ff(x, *others):
+    """As rank 0 sees it."""
+    return loopback.loopback_post_ff(x, *others)[0]
+
+
+def loopback_sandwich(x, residual, norm_scale, scalar=None, *, next_norm_scale):
+    """As rank 0 sees it."""
+    scalar = None if scalar is None else jnp.asarray(scalar)
+    operands = Operands((x,), (norm_scale,), residual, scalar, (next_norm_scale,))
+    hidden, normed = loopback.loopback_tail(operands)
+    return hidden[0], normed[0]
+
+
+def rank_sum(x: jax.Array) -> jax.Array:
+    """[N, tokens, D] summed in float32, rounded once."""
+    return x.astype(jnp.float32).sum(0).astype(x.dtype)
+
+
+@jax.jit
+def _relative_error(out: jax.Array, want: jax.Array) -> jax.Array:
+    out, want = out.astype(jnp.float32), want.astype(jnp.float32)
+    return jnp.linalg.norm(out - want) / jnp.linalg.norm(want)
+
+
+def relative_error(out: jax.Array, want: jax.Array) -> float:
+    """||out - want|| / ||want||."""
+    return float(_relative_error(out, want))
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """A child's part: all implementations of one flag set."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    bench = Bench(arguments)
+    bandwidth = common.copy_bandwidth(bench.mesh)
+    floors = {
+        name: bench.sizes(name).weight_bytes() / len(bench.mesh.devices.flat) / bandwidth * 1e6
+        for name in arguments.models
+    }
+    facts = {
+        "mode": bench.mode,
+        "ranks": bench.ranks,
+        "device": bench.mesh.devices.flat[0].device_kind,
+        "layers": bench.layers,
+        "timings": len(arguments.models) * len(arguments.tokens) * len(bench.implementations()),
+        "bandwidth": bandwidth,
+        "weights_us": floors,
+    }
+    common.emit({"facts": facts})
+    for row, call in bench.cases(arguments.models, arguments.tokens):
+        if "error" not in row:
+            row["layer_us"] = bench.clock.microseconds(call, bench.layers)
+        common.emit(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times Gemma 4 blocks, psum and fused.")
+    common.add_arguments(parser, child_seconds=240)
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: all")
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {TOKENS}")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=None)
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    arguments.models = arguments.models or (["31B"] if quick else list(MODELS))
+    arguments.tokens = arguments.tokens or (QUICK_TOKENS if quick else TOKENS)
+    if common.in_child(arguments):
+        work(arguments)
+        return
+    flag_sets = arguments.flag_sets or (["A", "C"] if quick else list(common.FLAG_SETS))
+    content = common.run_children(
+        flag_sets, arguments, "{implementation}, {model}, {tokens} tokens"
+    )
+    report.finish("block", content, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

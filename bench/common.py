@@ -1,0 +1,327 @@
+"""What the benchmarks share: timing with its spread, child processes, records, machine facts.
+
+A record is one JSON file for one run: where and of what it was taken, and raw samples, from which
+report.py makes tables and plots.
+"""
+
+import argparse
+import collections
+import datetime
+import importlib.metadata
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).parent.parent
+#: Gemma 4's widths.
+HIDDEN = {"E2B": 1536, "E4B": 2560, "26B-A4B": 2816, "31B": 5376}
+#: Twice the largest L2 among the supported GPUs (B200: 126 MB): streaming it leaves nothing behind.
+FLUSH_BYTES = 256 << 20
+
+#: XLA's best without this library: XLA_FLAGS for psum, each set in a process of its own.
+FLAG_SETS = {
+    "A": "",
+    "B": "--xla_gpu_disable_async_collectives=ALLREDUCE",
+    "C": "--xla_gpu_experimental_use_collective_kernels= "
+    "--xla_gpu_enable_command_buffer=+COLLECTIVES "
+    "--xla_gpu_enable_collectives_command_buffer_filter=ALLREDUCE "
+    "--xla_gpu_graph_min_graph_size=1",
+}
+FLAG_SETS["D"] = FLAG_SETS["C"] + " --xla_gpu_experimental_enable_nccl_symmetric_buffers=true"
+#: XLA_FLAGS under which every kernel is launched, and traced, by itself.
+NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+
+
+class Spread(NamedTuple):
+    """Samples of one quantity: their median, and half their interquartile range."""
+
+    median: float
+    spread: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.1f} ± {self.spread:.1f}"
+
+
+def summarize(samples: Sequence[float]) -> Spread:
+    """The median and half the interquartile range of one or more samples."""
+    if len(samples) == 1:
+        return Spread(samples[0], 0.0)
+    low, _, high = statistics.quantiles(samples, n=4)
+    return Spread(statistics.median(samples), (high - low) / 2)
+
+
+def differ(one: Spread, two: Spread) -> bool:
+    """Whether the medians are further apart than their spreads reach."""
+    return abs(one.median - two.median) > one.spread + two.spread
+
+
+class Clock:
+    """Times compiled functions on a mesh, with cold caches.
+
+    Between calls every device streams FLUSH_BYTES, so that what a call reads comes from memory;
+    the time of the flush, measured alone, is taken off.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh, repeats: int = 15, runs: int = 5):
+        self.repeats, self.runs = repeats, runs
+        self._pool = None
+        if mesh.devices.flat[0].platform != "gpu":  # where times mean little
+            self.repeats, self.runs = min(repeats, 3), 2
+        else:
+            sharding = jax.NamedSharding(mesh, P(mesh.axis_names))
+            pool = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+            self._pool = pool(mesh.size * FLUSH_BYTES // 4, jnp.int32)
+            self._touch = jax.jit(lambda pool: pool + 1, donate_argnums=0)
+            self._flush_seconds = statistics.median(self._seconds(None) for _ in range(2 * repeats))
+
+    def _seconds(self, call: Callable[[], Any] | None) -> float:
+        """Of self.runs calls with a flush before each; of the flushes alone without a call."""
+        out = None
+        start = time.perf_counter()
+        for _ in range(self.runs):
+            if self._pool is not None:
+                self._pool = self._touch(self._pool)
+            if call is not None:
+                out = None  # freed first, so that the next output takes its place in CUDA graphs
+                out = call()
+        jax.block_until_ready((out, self._pool))
+        return time.perf_counter() - start
+
+    def flush(self) -> None:
+        """Leaves nothing of use in the caches."""
+        if self._pool is not None:
+            self._pool = jax.block_until_ready(self._touch(self._pool))
+
+    def microseconds(self, call: Callable[[], Any], parts: int) -> list[float]:
+        """Samples of the time of one of the `parts` equal parts that a call consists of."""
+        for _ in range(4):  # compiled and loaded, run eagerly, captured, replayed
+            jax.block_until_ready(call())
+        flush = 0.0 if self._pool is None else self._flush_seconds
+        return [
+            (self._seconds(call) - flush) / (self.runs * parts) * 1e6 for _ in range(self.repeats)
+        ]
+
+
+def copy_bandwidth(mesh: jax.sharding.Mesh) -> float:
+    """Bytes a second that one device moves, read plus written, streaming a gigabyte."""
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    count = (1 << 30 if on_gpu else 1 << 26) // 4
+    sharding = jax.NamedSharding(mesh, P(mesh.axis_names))
+    make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+    pool = make(mesh.size * count, jnp.int32)
+    touch = jax.jit(lambda pool: pool + 1, donate_argnums=0)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        for _ in range(10):
+            pool = touch(pool)
+        jax.block_until_ready(pool)
+        seconds.append((time.perf_counter() - start) / 10)
+    return 8 * count / min(seconds)
+
+
+def machine() -> dict[str, Any]:
+    """Where a record was taken, without starting JAX: GPUs, driver, versions, commit, settings."""
+    query = "name,driver_version,memory.total"
+    gpus = [
+        line.split(", ")
+        for line in _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    ]
+    names = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-nccl-cu13", "numpy")
+    return {
+        "gpus": [gpu[0] for gpu in gpus],
+        "driver": gpus[0][1] if gpus else None,
+        "cpus": os.cpu_count(),
+        "python": sys.version.split()[0],
+        "versions": {name: version for name in names if (version := _version(name))},
+        "commit": os.environ.get("COMMIT") or _commit(),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("XLA_", "NCCL_", "JAX_", "CUDA_VISIBLE"))
+        },
+    }
+
+
+def _output(*command: str) -> list[str]:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return result.stdout.splitlines()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """HEAD, with a + where the working tree differs from it."""
+    head = _output("git", "rev-parse", "--short=10", "HEAD")
+    if not head:
+        return None
+    return head[0] + ("+" if _output("git", "status", "--porcelain", "-uno") else "")
+
+
+def write_record(kind: str, content: dict[str, Any], directory: Path) -> Path:
+    """Writes {kind, created, machine, **content} into a file of its own; returns its path."""
+    created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M%SZ")
+    record = {"kind": kind, "created": created, "machine": machine(), **content}
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{kind}-{created}.json"
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, child_seconds: int) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument("--quick", action="store_true", help="few sizes, few repeats: < 60 s")
+    parser.add_argument("--ranks", type=int, default=0, help="0: all GPUs, or 2 in loopback")
+    parser.add_argument("--repeats", type=int, default=15, help="samples of each timing")
+    parser.add_argument(
+        "--child-seconds", type=int, default=child_seconds, help="time limit of each process"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or REPOSITORY / "bench" / "records"),
+        help="folder of the record; default: $OUT, else bench/records",
+    )
+    # For the processes that a benchmark starts itself.
+    parser.add_argument("--flag-set", choices=FLAG_SETS, help=argparse.SUPPRESS)
+
+
+def in_child(arguments: argparse.Namespace) -> bool:
+    """Whether this process is one that run_children started."""
+    return arguments.flag_set is not None
+
+
+def emit(row: dict[str, Any]) -> None:
+    """Hands a row from a child to run_children."""
+    print(json.dumps(row), flush=True)
+
+
+def run_child(
+    flag_set: str,
+    seconds: float,
+    on_row: Callable[[dict[str, Any]], None],
+    extra_flags: str = "",
+    extra_arguments: Sequence[str] = (),
+) -> str | None:
+    """Runs this script again with its arguments and a flag set; what went wrong, or None.
+
+    Each row that the child emits goes to on_row. A child that is not done in time is killed; the
+    rows until then count.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAG_SETS[flag_set]} {extra_flags}".strip()
+    # NVLink multicast is opt-in (export NCCL_NVLS_ENABLE=1): on shared hosts it can take GPUs down.
+    # The rivals' memory lies outside JAX's pool.
+    environment = {"NCCL_NVLS_ENABLE": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.6", **os.environ}
+    last_words: collections.deque[str] = collections.deque(maxlen=20)
+    start = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, *sys.argv, *extra_arguments, "--flag-set", flag_set],
+        env=environment | {"XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        listener = threading.Thread(target=last_words.extend, args=(process.stderr,))
+        listener.start()
+        watchdog = threading.Timer(seconds, process.kill)
+        watchdog.start()
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    on_row(json.loads(line))
+            process.wait()
+        finally:  # also where this process is told to stop
+            process.kill()
+            watchdog.cancel()
+            listener.join()
+    if process.returncode == 0:
+        return None
+    if time.monotonic() - start >= seconds:
+        return f"flag set {flag_set}: stopped after {seconds:.0f} s"
+    return f"flag set {flag_set}: exit status {process.returncode}: " + "".join(last_words)[-2000:]
+
+
+def run_children(
+    flag_sets: Sequence[str], arguments: argparse.Namespace, label: str
+) -> dict[str, Any]:
+    """Runs this script once for each flag set, "A" first, under a progress bar.
+
+    Flag sets other than "A" are for psum over a mesh of GPUs, and only run there. label: a format
+    string for the bar, of a row's keys.
+
+    Returns:
+      The content of a record: facts (of the first child), rows, notes (what went wrong). What
+      there is by then if this process is interrupted or terminated.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    facts: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    with tqdm(unit=" timings", dynamic_ncols=True, disable=None) as bar:
+
+        def on_row(row):
+            if "facts" in row:
+                bar.total = (bar.total or 0) + row["facts"]["timings"]
+                facts.update(row["facts"] if not facts else {})
+                return
+            rows.append(row)
+            bar.set_postfix_str(label.format(**row))
+            bar.update()
+
+        try:
+            for flag_set in ("A", *(name for name in flag_sets if name != "A")):
+                if flag_set == "A" or facts.get("mode") == "mesh":
+                    bar.set_description(f"flag set {flag_set}")
+                    if failure := run_child(flag_set, arguments.child_seconds, on_row):
+                        notes.append(failure)
+        except KeyboardInterrupt:
+            notes.append("stopped before the end")
+    return {"facts": facts, "flag_sets": FLAG_SETS, "rows": rows, "notes": notes}
+
+
+def devices_for(ranks: int) -> tuple[str, list[Any]]:
+    """The mode, "mesh", "loopback" or "cpu", and its devices; ranks 0 means all there are."""
+    found = jax.devices()
+    if found[0].platform == "gpu":
+        if len(found) == 1:
+            return "loopback", found
+        return "mesh", found[: ranks or len(found)]
+    return "cpu", jax.devices("cpu")[: ranks or 2]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all but the first column are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def grouped(rows: Sequence[Any], *keys: str) -> dict[Any, list[Any]]:
+    """Rows by the value of a key, or the tuple of several, in order of first appearance."""
+    groups: dict[Any, list[Any]] = {}
+    for row in rows:
+        values = tuple(row[key] for key in keys)
+        groups.setdefault(values if len(keys) > 1 else values[0], []).append(row)
+    return groups

@@ -1,0 +1,390 @@
+"""Makes Markdown tables and plots from records: ``report.py RECORD.json... [--out FOLDER]``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import common
+from common import Spread
+
+Record = dict[str, Any]
+
+#: One colour for one thing, in all plots.
+COLORS = {
+    "fused": "#0b62d6",
+    "fused sandwich": "#0a3a80",
+    "psum": "#c8372d",
+    "flashinfer norm + tail": "#e08e0b",
+    "sum": "#c8372d",
+    "floor": "#7a7a7a",
+    "matmul": "#b9c6d3",
+    "all-reduce": "#c8372d",
+    "norm and elementwise": "#f0b08a",
+    "fused tail": "#0b62d6",
+    "idle gap": "#f3f3f0",
+}
+LABELS = {
+    "psum": "psum + tail",
+    "sum": "sum + tail, no collective",
+    "fused": "fused",
+    "flashinfer norm + tail": "FlashInfer norm + XLA tail",
+    "flashinfer all-reduce": "FlashInfer all-reduce",
+    "wire": "wire",
+}
+
+
+class Timing(NamedTuple):
+    """One implementation's line. flag_set: the one whose wall time was best."""
+
+    wall: Spread
+    kernel: float | None
+    flag_set: str
+
+
+def read(path: Path) -> Record:
+    """A record, with its name."""
+    return json.loads(path.read_text()) | {"name": path.stem}
+
+
+def headline(record: Record) -> str:
+    """Where a record was taken, and of what."""
+    machine, facts = record["machine"], record["facts"]
+    where = f"{len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else "CPU"
+    mode = {
+        "mesh": f"{facts.get('ranks')} ranks",
+        "loopback": f"loopback: {facts.get('ranks')} ranks share one GPU, no wire",
+        "cpu": f"{facts.get('ranks')} virtual CPU ranks, for trying out only",
+    }.get(facts.get("mode", ""), "no device came up")
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    versions = machine["versions"]
+    return (
+        f"{where}{driver}, jax {versions.get('jax')}, commit {machine['commit']}, "
+        f"{record['created'][:10]}; {mode}"
+    )
+
+
+def best(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Timing]:
+    """The best flag set of each implementation among rows of one line; wrong results left out.
+
+    key: the field with the samples.
+    """
+    timings: dict[str, Timing] = {}
+    for row in rows:
+        if key not in row or row.get("matches") is False:
+            continue
+        timing = Timing(common.summarize(row[key]), row.get("kernel_us"), row["flag_set"])
+        name = row["implementation"]
+        if name not in timings or timing.wall < timings[name].wall:
+            timings[name] = timing
+    return timings
+
+
+def faster(base: Timing | None, other: Timing | None) -> str:
+    """base / other, or that they do not differ."""
+    if base is None or other is None:
+        return ""
+    if not common.differ(base.wall, other.wall):
+        return "as fast"
+    return f"{base.wall.median / other.wall.median:.2f}"
+
+
+def op_markdown(record: Record) -> str:
+    """Two tables, wall and kernel time, for each operation and width."""
+    parts = [f"## Operations\n\n{headline(record)}"]
+    for (op, hidden), rows in common.grouped(record["rows"], "op", "hidden").items():
+        lines = {
+            tokens: best(line, "wall_us") for tokens, line in common.grouped(rows, "tokens").items()
+        }
+        names = list(dict.fromkeys(name for line in lines.values() for name in line))
+        base = "sum" if "sum" in names else "psum"
+        fused = [name for name in names if name == "fused"]
+        wall, kernel = [], []
+        for tokens, line in lines.items():
+            cells = [_wall(line.get(name), base == name == "psum") for name in names]
+            ratios = [faster(line.get(base), line.get(name)) for name in fused]
+            wall.append([str(tokens), *cells, *ratios])
+            cells = [_kernel(name, line.get(name), tokens, hidden, record) for name in names]
+            kernel.append([str(tokens), *cells])
+        titles = [LABELS.get(name, name) for name in names]
+        parts.append(
+            f"### {op}, D = {hidden}\n\nWall time, us a call; in brackets psum's best flag set.\n\n"
+            + common.table(["tokens", *titles, *(f"{base} / {name}" for name in fused)], wall)
+        )
+        if any(timing.kernel for line in lines.values() for timing in line.values()):
+            parts.append("Kernel time, us a call.\n\n" + common.table(["tokens", *titles], kernel))
+    return "\n\n".join([*parts, *_troubles(record)])
+
+
+def _wall(timing: Timing | None, with_flags: bool) -> str:
+    if timing is None:
+        return ""
+    return str(timing.wall) + (f" [{timing.flag_set}]" if with_flags else "")
+
+
+def _kernel(name: str, timing: Timing | None, tokens: int, hidden: int, record: Record) -> str:
+    if timing is None or timing.kernel is None:
+        return ""
+    if name != "wire":
+        return f"{timing.kernel:.1f}"
+    ranks = record["facts"]["ranks"]
+    sent = 2 * (ranks - 1) / ranks * 2 * tokens * hidden
+    return f"{timing.kernel:.1f} ({sent / timing.kernel / 1e3:.0f} GB/s)"
+
+
+def _troubles(record: Record) -> list[str]:
+    """What failed, was wrong or was left out."""
+    wrong = [row for row in record["rows"] if row.get("matches") is False]
+    failed = [row for row in record["rows"] if "error" in row]
+    lines = [f"WRONG RESULT: {_identity(row)}" for row in wrong]
+    lines += [f"failed: {_identity(row)}: {row['error']}" for row in failed]
+    lines += record["notes"]
+    if "not built" in str(record["facts"].get("rivals")):
+        lines.append(f"FlashInfer and the wire: {record['facts']['rivals']}")
+    return ["\n".join(f"- {line.strip()}" for line in lines)] if lines else []
+
+
+def _identity(row: dict[str, Any]) -> str:
+    keys = ("op", "model", "implementation", "flag_set", "hidden", "tokens")
+    return ", ".join(f"{key} {row[key]}" for key in keys if key in row)
+
+
+def block_markdown(record: Record) -> str:
+    """One table for each model: microseconds a layer."""
+    facts = record["facts"]
+    parts = [
+        f"## Blocks\n\n{headline(record)}; {facts.get('layers')} layers; copies run at "
+        f"{facts.get('bandwidth', 0) / 1e12:.2f} TB/s"
+    ]
+    for model, rows in common.grouped(record["rows"], "model").items():
+        lines = {
+            tokens: best(line, "layer_us")
+            for tokens, line in common.grouped(rows, "tokens").items()
+        }
+        names = list(dict.fromkeys(name for line in lines.values() for name in line))
+        base = "sum" if "sum" in names else "psum"
+        fused = [name for name in names if name.startswith("fused")]
+        cells = [
+            [
+                str(tokens),
+                *(_wall(line.get(name), base == name == "psum") for name in names),
+                *(faster(line.get(base), line.get(name)) for name in fused),
+            ]
+            for tokens, line in lines.items()
+        ]
+        titles = [LABELS.get(name, name) for name in names]
+        parts.append(
+            f"### {model}\n\nWall time, us a layer; its weights alone need "
+            f"{facts['weights_us'][model]:.1f}.\n\n"
+            + common.table(["tokens", *titles, *(f"{base} / {name}" for name in fused)], cells)
+        )
+    return "\n\n".join([*parts, *_troubles(record)])
+
+
+def _panel(axes, title: str, ylabel: str) -> None:
+    """The look of every panel: light, with a title for the y axis at the top left."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=22)
+    axes.text(0, 1.02, ylabel, transform=axes.transAxes, fontsize=9, color="#555555")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, which="major", color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9, length=3)
+
+
+def _token_axis(axes, tokens: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [f"{t:,}" for t in tokens], rotation=45 if len(tokens) > 8 else 0)
+    axes.minorticks_off()
+    axes.set_xlabel("tokens", fontsize=9)
+
+
+def _microsecond_axis(axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: PLC0415
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda us, _: f"{us:g}"))
+    axes.minorticks_off()
+
+
+def _label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names lines at their right ends, (x, y, label, colour), apart where they would meet."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = sorted(ends, key=lambda end: end[1])
+    wanted = [to_axes.transform((x, y))[1] for x, y, _, _ in ends]
+    heights: list[float] = []
+    for height in wanted:
+        heights.append(max(height, heights[-1] + 0.062) if heights else height)
+    shift = sum(heights) / len(heights) - sum(wanted) / len(wanted) if ends else 0
+    for (x, y, label, color), height in zip(ends, heights):
+        axes.annotate(
+            label,
+            xy=(x, y),
+            xytext=(1.04, height - shift),
+            textcoords="axes fraction",
+            color=color,
+            fontsize=9,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.5},
+        )
+
+
+def op_plot(record: Record, path: Path) -> None:
+    """Latency over tokens at the largest width, and speed-up over the best psum at every width.
+
+    Of the record's first operation.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    op, rows = next(iter(common.grouped(record["rows"], "op").items()))
+    table = {
+        hidden: {
+            tokens: best(line, "wall_us")
+            for tokens, line in common.grouped(lines, "tokens").items()
+        }
+        for hidden, lines in common.grouped(rows, "hidden").items()
+    }
+    hidden = max(table)
+    tokens = sorted(table[hidden])
+    base = "psum" if record["facts"]["mode"] != "loopback" else "sum"
+
+    figure = Figure(figsize=(12.5, 4.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _panel(
+        left,
+        f"Latency of {op}, D = {hidden:,}",
+        "us a call: wall time in a JAX program (dots), kernel time (dashes)",
+    )
+    _microsecond_axis(left)
+    ends = []
+    for name in (base, "flashinfer norm + tail", "fused"):
+        points = [(t, table[hidden][t][name].wall) for t in tokens if name in table[hidden][t]]
+        if points:
+            x, y = [t for t, _ in points], [wall.median for _, wall in points]
+            left.fill_between(
+                x,
+                [wall.median - wall.spread for _, wall in points],
+                [wall.median + wall.spread for _, wall in points],
+                color=COLORS[name],
+                alpha=0.15,
+                linewidth=0,
+            )
+            width = 2.4 if name == "fused" else 1.6
+            left.plot(x, y, "-o", color=COLORS[name], linewidth=width, markersize=4)
+            ends.append(
+                (x[-1], y[-1], LABELS[name] + (", best flags" * (name == "psum")), COLORS[name])
+            )
+    for name, dashes in (("fused", (5, 2)), ("flashinfer all-reduce", (5, 2)), ("wire", (1, 1.5))):
+        points = [
+            (t, table[hidden][t][name].kernel)
+            for t in tokens
+            if name in table[hidden][t] and table[hidden][t][name].kernel
+        ]
+        if points:
+            x, y = zip(*points)
+            color = COLORS.get(name, COLORS["floor"])
+            left.plot(x, y, color=color, linewidth=1.2, dashes=dashes)
+            ends.append((x[-1], y[-1], f"{LABELS[name]}, kernel", color))
+    _token_axis(left, tokens)
+    _label_ends(left, ends)
+
+    _panel(right, f"{LABELS[base]} / fused", "speed-up over the best flag set" * (base == "psum"))
+    shades = ("#9cc4f5", "#5a9bea", "#0b62d6", "#0a3a80")
+    ends = []
+    for shade, width in zip(shades[-len(table) :], sorted(table)):
+        points = [
+            (t, line[base].wall.median / line["fused"].wall.median)
+            for t, line in sorted(table[width].items())
+            if base in line and "fused" in line
+        ]
+        if points:
+            x, y = zip(*points)
+            right.plot(x, y, "-o", color=shade, linewidth=1.8, markersize=4)
+            ends.append((x[-1], y[-1], f"D = {width:,}", shade))
+    right.axhline(1, color=COLORS["psum"], linewidth=1)
+    right.set_ylim(bottom=0)
+    _token_axis(right, tokens)
+    _label_ends(right, ends)
+    figure.text(0.005, -0.03, headline(record) + ", bfloat16", fontsize=8, color="#777777")
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+
+
+def block_plot(record: Record, path: Path) -> None:
+    """Time a layer over tokens, a panel for each model, with its floors."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    models = common.grouped(record["rows"], "model")
+    figure = Figure(figsize=(5.6 * len(models), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for axes, (model, rows) in zip(panels, models.items()):
+        lines = {
+            tokens: best(line, "layer_us")
+            for tokens, line in common.grouped(rows, "tokens").items()
+        }
+        tokens = sorted(lines)
+        _panel(axes, f"Block of {model}", "us a layer, wall time")
+        _microsecond_axis(axes)
+        ends = []
+        for name in ("sum", "psum", "fused", "fused sandwich", "matmuls alone"):
+            points = [(t, lines[t][name].wall.median) for t in tokens if name in lines[t]]
+            if points:
+                x, y = zip(*points)
+                floor = name == "matmuls alone"
+                color = COLORS["floor" if floor else name]
+                style = {"dashes": (5, 2), "linewidth": 1.2} if floor else {"marker": "o"}
+                axes.plot(x, y, color=color, markersize=4, **style)
+                ends.append((x[-1], y[-1], LABELS.get(name, name), color))
+        weights = record["facts"]["weights_us"][model]
+        axes.axhline(weights, color=COLORS["floor"], linewidth=1.2, dashes=(1, 1.5))
+        ends.append((tokens[-1], weights, "weights read once", COLORS["floor"]))
+        _token_axis(axes, tokens)
+        _label_ends(axes, ends)
+    figure.text(0.005, -0.03, headline(record) + ", bfloat16", fontsize=8, color="#777777")
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+
+
+def finish(kind: str, content: Record, directory: Path) -> None:
+    """Writes a record and its plot, and prints its tables; an error if none or a wrong one came."""
+    path = common.write_record(kind, content, directory)
+    record = read(path)
+    print(markdown(record))
+    print(f"\n{path}")
+    if not any("wall_us" in row or "layer_us" in row for row in record["rows"]):
+        sys.exit("nothing was timed")
+    plot(record, path.with_suffix(".png"))
+    print(path.with_suffix(".png"))
+    if any(row.get("matches") is False for row in record["rows"]):
+        sys.exit("a result is wrong")
+
+
+def markdown(record: Record) -> str:
+    """The tables of a record."""
+    return {"op": op_markdown, "block": block_markdown}[record["kind"]](record)
+
+
+def plot(record: Record, path: Path) -> None:
+    """The picture of a record."""
+    {"op": op_plot, "block": block_plot}[record["kind"]](record, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Tables on the terminal, plots beside the records."
+    )
+    parser.add_argument("records", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, help="folder of the plots; default: that of the record")
+    arguments = parser.parse_args()
+    for path in arguments.records:
+        record = read(path)
+        folder = arguments.out or path.parent
+        if record["kind"] not in ("op", "block"):
+            parser.error(f'{path}: kind must be "op" or "block", got {record["kind"]!r}')
+        print(markdown(record))
+        plot(record, folder / f"{path.stem}.png")
+        print(f"\n{folder / path.stem}.png\n")
+
+
+if __name__ == "__main__":
+    main()

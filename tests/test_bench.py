@@ -1,0 +1,287 @@
+"""The benchmarks: traces are read right, and what runs on GPUs at least lowers for them."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import jax
+import op
+import profile_compare
+import pytest
+import report
+import rivals
+import xplane
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+LAYERS = 2  # in each fixture
+
+
+@pytest.fixture(params=["psum", "fused"])
+def trace(request):
+    return xplane.load(FIXTURES / f"{request.param}.txtpb")
+
+
+def test_devices_are_apart_and_host_threads_left_out(trace):
+    assert list(trace) == ["/device:GPU:0", "/device:GPU:1"]
+
+
+def test_classes_add_up_to_the_time_from_first_to_last(trace):
+    for device, times in xplane.attribute(trace).items():
+        kernels = trace[device]
+        span = max(kernel.end for kernel in kernels) - kernels[0].start
+        assert sum(times.values()) == pytest.approx(span / 1e3)
+        assert xplane.busy(kernels) == pytest.approx(span - times["idle gap"] * 1e3)
+
+
+def test_attribution():
+    """By hand from the fixture: a layer on GPU 0, where nothing overlaps."""
+    times = xplane.attribute(xplane.load(FIXTURES / "psum.txtpb"))["/device:GPU:0"]
+    per_layer = {kind: time / LAYERS for kind, time in times.items()}
+    assert per_layer == {
+        "matmul": 22 + 60 + 31,
+        "all-reduce": 9 + 9,
+        "norm and elementwise": 3 + 4 + 3 + 4,
+        "fused tail": 0,
+        "idle gap": 11 - 1 / LAYERS,  # no gap before the first kernel
+    }
+
+
+def test_waiting_is_what_the_fastest_rank_does_not_do():
+    """GPU 1 comes early to every collective and waits."""
+    psum = xplane.load(FIXTURES / "psum.txtpb")
+    assert xplane.without_waiting(psum) == {"all-reduce": 18 * LAYERS, "fused tail": 0}
+    fused = xplane.load(FIXTURES / "fused.txtpb")
+    assert xplane.without_waiting(fused) == {"all-reduce": 0, "fused tail": 12 * LAYERS}
+    one_less = fused | {"/device:GPU:1": fused["/device:GPU:1"][:-1]}
+    assert xplane.without_waiting(one_less) is None
+
+
+def test_overlapping_kernels_count_once():
+    kernels = [xplane.Kernel("nccl", 0, 10), xplane.Kernel("gemm", 4, 6), xplane.Kernel("x", 8, 12)]
+    assert xplane.busy(kernels) == 12
+    times = xplane.attribute({"gpu": kernels})["gpu"]
+    assert times["all-reduce"] == pytest.approx(10e-3)
+    assert times["norm and elementwise"] == pytest.approx(2e-3)
+    assert times["matmul"] == times["idle gap"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (
+            "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+            "all-reduce",
+        ),
+        ("all_reduce_kernel_2", "all-reduce"),
+        ("void jax_gemma_arf::(anonymous namespace)::OneShot<__nv_bfloat16>", "fused tail"),
+        ("nvjet_hsh_64x8_64x16_4x1_v_bz_TNT", "matmul"),
+        ("gemm_fusion_dot_12_0", "matmul"),
+        ("input_reduce_fusion_3", "norm and elementwise"),
+        ("MemcpyD2D", "norm and elementwise"),
+    ],
+)
+def test_classify(name, kind):
+    assert xplane.classify(name) == kind
+
+
+def test_no_trace(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \.xplane\.pb below"):
+        xplane.load(tmp_path)
+
+
+def test_trace_without_a_gpu(tmp_path):
+    """One recorded here: read, and refused for want of a GPU."""
+    xplane.record(lambda: jax.numpy.ones(3) + 1, tmp_path)
+    with pytest.raises(ValueError, match="has no kernels of a GPU"):
+        xplane.load(tmp_path)
+
+
+def test_profile_compare(tmp_path, monkeypatch, capsys):
+    traces = [str(FIXTURES / f"{name}.txtpb") for name in ("psum", "fused")]
+    monkeypatch.setattr(
+        sys, "argv", ["profile_compare.py", *traces, "--per", "2", "--out", str(tmp_path)]
+    )
+    profile_compare.main()
+    table = capsys.readouterr().out
+    assert "| all-reduce | 18.0 | 22.0 | 0.0 | 0.0 |" in table
+    assert "| all-reduce, least over ranks | 18.0 | 18.0 | 0.0 | 0.0 |" in table
+    (record,) = tmp_path.glob("*.json")
+    comparison = json.loads(record.read_text())["comparison"]
+    assert comparison["fused"]["devices"]["/device:GPU:0"]["fused tail"] == 12
+    assert record.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_profile_compare_of_its_own_run(tmp_path, monkeypatch, capsys):
+    """With children that bring the fixtures for traces: one run of two layers."""
+    monkeypatch.setattr(sys, "argv", ["profile_compare.py", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(profile_compare, "RUNS", 1)
+
+    def run_child(flag_set, seconds, on_row, flags, extra):
+        on_row({"facts": {"mode": "mesh", "ranks": 2, "layers": LAYERS, "timings": 2}})
+        for name in ("psum", "fused"):
+            row = {"implementation": name, "flag_set": flag_set, "matches": True}
+            if flags == common.NO_COMMAND_BUFFERS:
+                folder = Path(extra[1]) / name
+                folder.mkdir()
+                text = (FIXTURES / f"{name}.txtpb").read_text()
+                profile = jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
+                (folder / "host.xplane.pb").write_bytes(profile)
+                row["trace"] = str(folder)
+            else:
+                row["layer_us"] = [140.0, 141.0, 142.0]
+            on_row(row)
+
+    monkeypatch.setattr(common, "run_child", run_child)
+    profile_compare.main()
+    table = capsys.readouterr().out
+    assert "| fused tail | 0.0 | 0.0 | 12.0 | 14.0 |" in table
+    assert "| wall time, with CUDA graphs | 141.0 ± 1.0 |" in table
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def run(script, *arguments, out):
+    command = [sys.executable, ROOT / "bench" / script, *arguments, "--quick", "--out", out]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    (path,) = out.glob("*.json")
+    assert path.with_suffix(".png").exists()
+    return report.read(path)
+
+
+def test_op_on_cpus(tmp_path):
+    record = run("op.py", "--hidden", "1536", "--tokens", "1", "3", out=tmp_path)
+    assert record["facts"]["mode"] == "cpu"
+    assert record["notes"] == []
+    assert [(r["implementation"], r["tokens"]) for r in record["rows"] if r["op"] == "post_ff"] == [
+        (name, tokens) for tokens in (1, 3) for name in ("psum", "psum again")
+    ]
+    assert all(row["matches"] and min(row["wall_us"]) > 0 for row in record["rows"])
+    assert "| 3 | " in report.markdown(record)
+
+
+def test_block_on_cpus(tmp_path):
+    record = run("block.py", "--models", "E4B", "--tokens", "4", out=tmp_path)
+    assert [row["implementation"] for row in record["rows"]] == ["psum"]
+    assert record["rows"][0]["matches"]
+    assert record["rows"][0]["relative_error"] < 0.02
+
+
+@pytest.fixture
+def bench(monkeypatch, request, cpus):
+    """op.Bench as it would be on GPUs of that mode, with the rivals built."""
+    devices = {"mesh": cpus[:2], "loopback": cpus[:1]}[request.param]
+    monkeypatch.setattr(common, "devices_for", lambda _: (request.param, devices))
+    monkeypatch.setattr(rivals, "load", lambda: True)
+    monkeypatch.setattr(rivals, "create", lambda *_: None)
+    ranks = {"mesh": "2", "loopback": "4"}[request.param]
+    parsed = op.parse(
+        ["--ranks", ranks, "--tokens", "8", "--hidden", "640", "--algorithms", "two_shot"]
+    )
+    parsed.flag_set = "A"
+    return op.Bench(parsed)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("bench", ["mesh", "loopback"], indirect=True)
+def test_every_contender_lowers_for_gpus(bench):
+    """To custom calls of its own, and all-reduces only for psum."""
+    for config in bench.configs:
+        for contender in bench.contenders(config):
+            text = bench.lower(config, contender, platforms=("cuda",)).as_text()
+            expected = {
+                "custom_call @jax_gemma_arf": contender.name.startswith("fused"),
+                "custom_call @rivals": contender.name.startswith(("flashinfer", "wire")),
+                "stablehlo.all_reduce": contender.name == "psum",
+                '"two_shot"': contender.name.endswith("two_shot"),
+            }
+            assert {what: what in text for what in expected} == expected, contender.name
+
+
+def test_oracle_chain_is_the_chain(cpus):
+    """The loop that checks computes what the calls in a row compute, with psum for the call."""
+    arguments = op.parse(["--tokens", "3", "--hidden", "640"])
+    arguments.flag_set = "A"
+    bench = op.Bench(arguments)
+    for config in bench.configs:
+        state, stacked = bench.generator(config)(op.random_key())
+        colds = [op.pick(stacked, k) for k in range(config.links)]
+        (psum,) = bench.contenders(config)
+        out = bench.program(psum.body)(state, colds)
+        want = psum.oracle(state, stacked)
+        error, within = op.compare(out, want)
+        assert within
+        assert error < op.BOUND / 2
+        first_rank, *others = out
+        for factor in (1.04, math.nan):  # in one row of one rank
+            changed = first_rank.at[0, 1].multiply(factor)
+            assert not op.compare((changed, *others), want)[1]
+
+
+def test_flashinfers_own_rule():
+    assert rivals.one_shot(2, 128 << 20)
+    assert not rivals.one_shot(4, (8 << 20) + 16)
+
+
+def row(implementation, flag_set, samples, **more):
+    line = {"op": "post_ff", "hidden": 640, "tokens": 1}
+    return (
+        line | {"implementation": implementation, "flag_set": flag_set, "wall_us": samples} | more
+    )
+
+
+def test_best_flag_set_counts_and_wrong_results_do_not():
+    rows = [
+        row("psum", "A", [20.0, 21.0, 22.0]),
+        row("psum", "B", [10.0, 11.0, 12.0]),
+        row("psum", "C", [1.0, 1.0, 1.0], matches=False),
+        row("fused", "A", [5.0, 5.5, 6.0], matches=True),
+        {"op": "post_ff", "hidden": 640, "tokens": 1, "implementation": "wire", "flag_set": "A"}
+        | {"error": "RuntimeError: no link"},
+    ]
+    best = report.best(rows, "wall_us")
+    assert best["psum"].flag_set == "B"
+    assert report.faster(best["psum"], best["fused"]) == "2.00"
+    facts = {"mode": "mesh", "ranks": 2}
+    machine = {"gpus": [], "driver": None, "versions": {}, "commit": "0"}
+    record = {"kind": "op", "rows": rows, "facts": facts, "machine": machine, "notes": []}
+    text = report.markdown(record | {"created": "2026-01-01"})
+    assert "WRONG RESULT: op post_ff, implementation psum, flag_set C" in text
+    assert "RuntimeError: no link" in text
+
+
+def test_differences_within_the_spread_do_not_count():
+    one, two = common.summarize([9.0, 10.0, 11.0]), common.summarize([10.0, 11.0, 12.0])
+    assert one == (10.0, 1.0) == (statistics.median([9, 10, 11]), 1)
+    assert not common.differ(one, two)
+    assert common.differ(one, common.summarize([13.0, 13.1, 13.2]))
+
+
+def test_a_child_that_hangs_is_stopped(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["-c", "import time; print('{}', flush=True); time.sleep(99)"])
+    rows = []
+    assert common.run_child("A", 2, rows.append) == "flag set A: stopped after 2 s"
+    assert rows == [{}]
+
+
+def test_a_child_that_fails_is_reported(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["-c", "raise SystemExit('out of memory')"])
+    failure = common.run_child("C", 20, lambda _: None)
+    assert failure == "flag set C: exit status 1: out of memory\n"
+
+
+@pytest.mark.parametrize(
+    "flags", [common.FLAG_SETS["B"], common.FLAG_SETS["D"], common.NO_COMMAND_BUFFERS]
+)
+def test_xla_knows_the_flags(flags):
+    """It ends the process if it does not."""
+    subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices('cpu')"],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
