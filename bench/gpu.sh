@@ -3,7 +3,7 @@
 # loopback and multi_gpu tests, compute-sanitizer on a selection, and the benchmarks. Each step has
 # a time limit, since a kernel that spins for a peer might not end by itself.
 #
-#   bench/gpu.sh [report|test|sanitize|speed|op|ops|block|quick]...
+#   bench/gpu.sh [report|test|stress|sanitize|speed|op|ops|block|quick]...
 #
 # speed is op, ops and block, and the demo; quick is a short run of the benchmarks; the default is
 # all but quick.
@@ -19,12 +19,21 @@ step() { # SECONDS COMMAND...
 
 run_report() { step 60 python3 -P -m jax_gemma_arf; }  # -P: the installed package, not this tree
 run_test() {  # in processes of their own: loopback fills a GPU with the workspaces of all ranks
-  step 300 pytest -q -k loopback tests
-  step 300 pytest -q -k multi_gpu tests
+  step 600 pytest -q -k loopback tests
+  step 600 pytest -q -k multi_gpu tests
+}
+run_stress() {
+  local ranks
+  for ranks in 2 4 8; do
+    step 300 python3 tests/stress.py --ranks "$ranks" --calls 1000000 --seconds 200
+  done
+  if ((gpus > 1)); then
+    step 300 python3 tests/stress.py --mesh --calls 1000000 --seconds 200
+  fi
 }
 run_sanitize() {
   local tool
-  for tool in memcheck racecheck; do
+  for tool in memcheck racecheck initcheck; do
     step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/sanitize.py
   done
 }
@@ -48,8 +57,8 @@ run_quick() {
 
 for part in "${@:-all}"; do
   case "$part" in
-    all) run_report; run_test; run_sanitize; run_speed ;;
-    report | test | sanitize | speed | op | ops | block | quick) "run_$part" ;;
+    all) run_report; run_test; run_stress; run_sanitize; run_speed ;;
+    report | test | stress | sanitize | speed | op | ops | block | quick) "run_$part" ;;
     *) echo "unknown part: $part; use one of those at the top of this script" >&2; exit 2 ;;
   esac
 done

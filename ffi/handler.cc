@@ -86,7 +86,8 @@ class Registry {
         const WorkspaceSpec& spec = part->spec();
         reports.push_back({part->device(), part->rank(), spec.nranks,
                            spec.algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot",
-                           spec.capacity, WorkspaceLayout(spec).total, part->CheckGuards()});
+                           spec.capacity, WorkspaceLayout(spec).total,
+                           reinterpret_cast<uintptr_t>(part->base()), part->CheckGuards()});
       }
     }
     return reports;
@@ -200,11 +201,13 @@ ErrorOr<std::unique_ptr<Call>> InstantiateLoopback(
   (*call)->local_ranks.assign(local_ranks.begin(), local_ranks.end());
   (*call)->rendezvous = std::string(rendezvous);
   (*call)->absent_rank = static_cast<int>(absent_rank);
+  int64_t previous = -1;
   for (const int64_t rank : local_ranks) {
-    if (rank < 0 || rank >= axis_size) {
-      return Invalid("local_ranks must be from 0 to " + std::to_string(axis_size - 1) + ", got " +
-                     std::to_string(rank));
+    if (rank <= previous || rank >= axis_size) {
+      return Invalid("local_ranks must rise from 0 to at most " + std::to_string(axis_size - 1) +
+                     ", got " + std::to_string(rank) + " after " + std::to_string(previous));
     }
+    previous = rank;
   }
   if (absent_rank < -1 || absent_rank >= axis_size) {
     return Invalid("absent_rank must be -1 or from 0 to " + std::to_string(axis_size - 1) +

@@ -33,6 +33,7 @@ struct WorkspaceReport {
   std::string algorithm;
   int64_t capacity;
   int64_t bytes;
+  uintptr_t base;  // its first byte in device memory
   std::string damage;
 };
 std::vector<WorkspaceReport> ReportWorkspaces();

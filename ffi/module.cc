@@ -85,6 +85,7 @@ nb::list Workspaces() {
     one["algorithm"] = report.algorithm;
     one["capacity"] = report.capacity;
     one["bytes"] = report.bytes;
+    one["base"] = report.base;
     one["damage"] = report.damage;
     all.append(one);
   }

@@ -4,10 +4,13 @@
 
 #include <chrono>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <type_traits>
+#include <vector>
 
 #include "errors.h"
 
@@ -66,6 +69,17 @@ bool WaitUntil(const std::function<bool()>& done) {
   return true;
 }
 
+// Buffers and streams of exchanges that have ended, by device.
+struct Spare {
+  PeerRecord* buffer;
+  cudaStream_t stream;
+};
+std::mutex spares_mutex;
+std::map<int, std::vector<Spare>>& Spares() {
+  static auto* const spares = new std::map<int, std::vector<Spare>>();
+  return *spares;
+}
+
 Error TimedOut() {
   return Internal("no answer from the other ranks of the replica group for " +
                   std::to_string(kDeadline.count()) +
@@ -82,8 +96,24 @@ ErrorOr<std::unique_ptr<NcclExchange>> NcclExchange::Create(void* nccl_comm) {
   int result = nccl->comm_count(nccl_comm, &exchange->size_);
   if (result == Nccl::kSuccess) result = nccl->comm_user_rank(nccl_comm, &exchange->rank_);
   if (result != Nccl::kSuccess) return NcclError(*nccl, result, "asking for rank and size");
-  cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&exchange->buffer_),
-                                 (exchange->size_ + 1) * sizeof(PeerRecord));
+  if (exchange->size_ > kMaxRanks) {
+    return Internal("XLA's communicator has " + std::to_string(exchange->size_) + " ranks");
+  }
+  cudaError_t error = cudaGetDevice(&exchange->device_);
+  {
+    const std::lock_guard<std::mutex> lock(spares_mutex);
+    std::vector<Spare>& spares = Spares()[exchange->device_];
+    if (!spares.empty()) {
+      exchange->buffer_ = spares.back().buffer;
+      exchange->stream_ = spares.back().stream;
+      spares.pop_back();
+      return exchange;
+    }
+  }
+  if (error == cudaSuccess) {
+    error = cudaMalloc(reinterpret_cast<void**>(&exchange->buffer_),
+                       (kMaxRanks + 1) * sizeof(PeerRecord));
+  }
   if (error == cudaSuccess) {
     error = cudaStreamCreateWithFlags(&exchange->stream_, cudaStreamNonBlocking);
   }
@@ -93,8 +123,12 @@ ErrorOr<std::unique_ptr<NcclExchange>> NcclExchange::Create(void* nccl_comm) {
 
 NcclExchange::~NcclExchange() {
   if (pending_) return;  // freeing would wait for it
-  (void)cudaFree(buffer_);
-  if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
+  if (stream_ == nullptr) {
+    (void)cudaFree(buffer_);
+    return;
+  }
+  const std::lock_guard<std::mutex> lock(spares_mutex);
+  Spares()[device_].push_back({buffer_, stream_});
 }
 
 Error NcclExchange::AllGather(const std::vector<PeerRecord>& mine, std::vector<PeerRecord>* all) {

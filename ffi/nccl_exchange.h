@@ -12,8 +12,8 @@ namespace jax_gemma_arf {
 
 class NcclExchange : public PeerExchange {
  public:
-  // nccl_comm is XLA's ncclComm_t. Everything that an exchange needs is allocated here, so that a
-  // rank that runs out of memory later can still say so.
+  // nccl_comm is XLA's ncclComm_t, of the current device. What an exchange needs is allocated here,
+  // and kept for the device's next one, so that a rank without memory can still say so.
   static xla::ffi::ErrorOr<std::unique_ptr<NcclExchange>> Create(void* nccl_comm);
   ~NcclExchange() override;
 
@@ -26,6 +26,7 @@ class NcclExchange : public PeerExchange {
  private:
   NcclExchange() = default;
 
+  int device_ = -1;
   void* comm_ = nullptr;
   int rank_ = 0;
   int size_ = 0;

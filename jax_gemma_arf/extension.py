@@ -70,7 +70,8 @@ def workspaces() -> list[dict[str, Any]]:
 
     Returns:
       One dict for each rank's part: device (CUDA ordinal), rank, nranks, algorithm, capacity (bytes
-      of the largest message), bytes (of device memory), and damage: "", or how the guard words
-      around it were overwritten, by a stray write of some kernel. Reading them waits for the GPUs.
+      of the largest message), bytes (of device memory), base (its address), and damage: "", or how
+      the guard words around the slots were overwritten, by a stray write of some kernel. Reading
+      them waits for the GPUs.
     """
     return [] if _ffi is None else _ffi.workspaces()

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from runners import make_mesh
@@ -272,6 +274,96 @@ def test_others_reject(mesh, name):
     op, arguments, error, message = BAD_OTHERS[name]
     with pytest.raises(error, match=message):
         trace(mesh, op, **arguments)
+
+
+SHAPES = [
+    (),
+    (1,),
+    (640,),
+    (641,),
+    (0,),
+    (4, 640),
+    (1, 640),
+    (640, 4),
+    (4, 0),
+    (0, 640),
+    (2, 4, 640),
+]
+DTYPES = [BF16, F16, F32, jnp.int32, jnp.uint8, jnp.bool_, jnp.float8_e4m3fn, jnp.complex64]
+OPTIONS = {
+    "axis_name": ["tp", ("tp",), "model", (), None, 0, ["tp"]],
+    "eps": [1e-6, 1, 0, -1.0, float("inf"), 1e-60, None, "1", 1j, np.float32(1e-5), [1e-6]],
+    "scale_offset": [0.0, 1, -2.5, float("nan"), None, "0", 1e300, False],
+    "implementation": [None, "xla", "CUDA", "", 0, True],
+}
+
+
+@st.composite
+def arguments_of_any_kind(draw):
+    """(operation, arguments): good ones, of which up to three are replaced by anything."""
+    op = draw(st.sampled_from(list(GOOD)))
+    specs = st.builds(
+        lambda shape, dtype: spec(*shape, dtype=dtype),
+        st.sampled_from(SHAPES),
+        st.sampled_from(DTYPES),
+    )
+    arguments = {}
+    for name in draw(st.lists(st.sampled_from([*GOOD[op], *OPTIONS]), max_size=3, unique=True)):
+        if name in OPTIONS:
+            arguments[name] = draw(st.sampled_from(OPTIONS[name]))
+        elif name == "next_norm_scale":
+            arguments[name] = draw(st.lists(specs, max_size=4).map(tuple) | specs)
+        else:
+            arguments[name] = draw(specs)
+    return op, arguments
+
+
+def is_good(op, arguments) -> bool:
+    """The rules once more, as the docstrings have them."""
+    arguments = GOOD[op] | arguments
+    scales = [arguments[name] for name in arguments if name.endswith("norm_scale")]
+    nexts = arguments.get("next_norm_scale", ())
+    if isinstance(nexts, tuple):
+        scales = [each for each in scales if each is not nexts] + list(nexts)
+        if "next_norm_scale" in arguments and not 1 <= len(nexts) <= 3:
+            return False
+    sums = [arguments[name] for name in arguments if name in PARTIAL_SUMS]
+    rows = sums + [arguments[name] for name in arguments if name == "residual"]
+    scalars = [arguments[name] for name in arguments if name == "layer_scalar"]
+    shape = sums[0].shape
+    dtypes = {each.dtype for each in (*rows, *scales, *scalars)}
+    return (
+        len(shape) > 0
+        and shape[-1] > 0
+        and all(row.shape == shape for row in rows)
+        and all(scale.shape == shape[-1:] for scale in scales)
+        and all(scalar.shape in ((), (1,)) for scalar in scalars)
+        and dtypes <= {jnp.dtype(t) for t in (BF16, F16, F32)}
+        and not {jnp.dtype(BF16), jnp.dtype(F16)} <= dtypes
+        and len({each.dtype for each in sums}) == 1
+        and arguments.get("axis_name", "tp") in ("tp", ("tp",), ["tp"])
+        and arguments.get("eps", 1e-6) in (1e-6, 1, np.float32(1e-5))
+        and arguments.get("scale_offset", 0.0) in (0.0, 1, -2.5)
+        and arguments.get("scale_offset", 0.0) is not False
+        and arguments.get("implementation") in (None, "xla")
+    )
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(drawn=arguments_of_any_kind())
+def test_anything_is_traced_or_rejected(mesh, drawn):
+    """ValueError or TypeError for whatever breaks a rule, and for nothing else."""
+    op, arguments = drawn
+    if is_good(op, arguments):
+        trace(mesh, op, **arguments)
+    else:
+        with pytest.raises((ValueError, TypeError)):
+            trace(mesh, op, **arguments)
 
 
 def test_traced_eps(mesh):

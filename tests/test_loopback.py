@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from profiles import kernels_in
 
 from jax_gemma_arf import lowering, support
@@ -247,7 +249,11 @@ GOOD_ATTRIBUTES = lowering.ffi_attributes(
         ({"next_norms": np.int64(4)}, "next_norms must be from 0 to 3, got 4"),
         ({"absent_rank": np.int64(2)}, "absent_rank must be -1 or from 0 to 1, got 2"),
         ({"local_ranks": np.arange(1)}, "this process must hold all 2 ranks, got 1"),
-        ({"local_ranks": np.array([0, 2])}, "local_ranks must be from 0 to 1, got 2"),
+        (
+            {"local_ranks": np.array([0, 2])},
+            "local_ranks must rise from 0 to at most 1, got 2 after 0",
+        ),
+        ({"local_ranks": np.array([0, 0])}, "must rise from 0 to at most 1, got 0 after 0"),
         ({"has_layer_scalar": False}, "expected 3 operands, got 4"),
         ({"next_norms": np.int64(1)}, "expected 5 operands, got 4"),
         ({"eps": None}, "number of attributes"),
@@ -281,3 +287,76 @@ def test_bad_operands(change, message):
     call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, result)
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(call(*map(jnp.asarray, operands), **GOOD_ATTRIBUTES))
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([((2, 3, 640), F32)], "the results must have residual's type"),
+        ([((3, 640), BF16)], "a result must have 3840 elements, got 1920"),
+        ([((2, 3, 640), BF16)] * 2, "expected 1 results, got 2"),
+    ],
+)
+def test_bad_results(results, message):
+    results = [jax.ShapeDtypeStruct(*result) for result in results]
+    call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, results)
+    operands = map(jnp.asarray, jax.tree.leaves(GOOD_OPERANDS))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call(*operands, **GOOD_ATTRIBUTES))
+
+
+# What breaks a call, whatever else is changed besides: for each attribute values (None leaves it
+# out), and for each operand arrays.
+BREAKING_ATTRIBUTES = {
+    "algorithm": ["", "ONE_SHOT", np.int64(1), None],
+    "axis_size": [np.int64(0), np.int64(-2), np.int64(16), np.int32(2), 2.0, None],
+    "replica_groups": [np.arange(0), np.arange(5), np.arange(2.0), np.int64(0), None],
+    "eps": [np.float32("nan"), np.float32(0), np.float64(1e-6), np.int64(1), "1e-6", None],
+    "scale_offset": [np.float32("inf"), np.float32("nan"), np.int64(0), None],
+    "max_ctas": [np.int64(-1), np.int64(7), np.int64(2**40), np.float32(8), None],
+    "branches": [np.int64(0), np.int64(-1), np.int64(2**40), None],
+    "has_residual": [np.int64(1), "true", None],
+    "has_layer_scalar": [np.int64(0), None],
+    "next_norms": [np.int64(-1), np.int64(2**33), True, None],
+    "local_ranks": [np.arange(0), np.arange(3), np.array([1, 0]), np.array([-1, 0]), None],
+    "rendezvous": [np.int64(0), None],
+    "absent_rank": [np.int64(-2), np.int64(2**32), np.float32(-1), None],
+    "unknown": [np.int64(1)],
+}
+BREAKING_SHAPES = [(), (1,), (639,), (641,), (2, 0, 640), (2, 3, 64), (3, 3, 640), (5,)]
+BREAKING_DTYPES = [np.int8, np.int32, np.uint16, np.bool_, np.complex64]
+
+
+@st.composite
+def broken_calls(draw):
+    """(attributes, operands) of which one to three are wrong."""
+    attributes, operands = dict(GOOD_ATTRIBUTES), jax.tree.leaves(GOOD_OPERANDS)
+    names = st.sampled_from([*BREAKING_ATTRIBUTES, *range(len(operands))])
+    for name in draw(st.lists(names, min_size=1, max_size=3, unique=True)):
+        if isinstance(name, str):
+            attributes[name] = draw(st.sampled_from(BREAKING_ATTRIBUTES[name]))
+        elif draw(st.booleans()):
+            shapes = [s for s in BREAKING_SHAPES if np.prod(s) != operands[name].size]
+            operands[name] = np.ones(draw(st.sampled_from(shapes)), BF16)
+        else:
+            dtype = draw(st.sampled_from(BREAKING_DTYPES))
+            operands[name] = np.ones(operands[name].shape, dtype)
+    attributes = {name: value for name, value in attributes.items() if value is not None}
+    operands = operands[: draw(st.sampled_from([len(operands)] * 4 + [1, 0]))]
+    return attributes, operands
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(broken=broken_calls())
+def test_broken_calls_are_errors(broken):
+    """Whatever a call is given, the handlers answer with an error, and the next call works."""
+    attributes, operands = broken
+    call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, jax.ShapeDtypeStruct((2, 3, 640), BF16))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(call(*map(jnp.asarray, operands), **attributes))
+    jax.block_until_ready(loopback_tail(jax.tree.map(jnp.asarray, GOOD_OPERANDS)))

@@ -1,0 +1,256 @@
+"""Programs that share workspaces: each way in which JAX runs a call, several functions, models and
+meshes in turn, and several threads. In loopback and over a mesh of GPUs; all results must be the
+first, oracle-checked ones, bit for bit."""
+
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable
+
+import children
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import F32, Case, Inputs, assert_matches, make_inputs
+from jax.sharding import PartitionSpec as P
+from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
+
+import jax_gemma_arf as jga
+from jax_gemma_arf import lowering
+from jax_gemma_arf.loopback import loopback_tail
+from jax_gemma_arf.reference import Operands
+
+NO_LOCK = contextlib.nullcontext()
+STEPS = 6
+# Each step's output is the next one's residual.
+DECODE = Case((4,), 2560, op="sandwich", next_norms=1)
+
+jax.export.register_namedtuple_serialization(Inputs, serialized_name="cases.Inputs")
+CUSTOM_CALLS = [
+    jax.export.DisabledSafetyCheck.custom_call(target)
+    for target in (lowering.MESH_TARGET, lowering.LOOPBACK_TARGET)
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where calls run: a mesh of GPUs, or None for loopback with so many ranks."""
+
+    ranks: int
+    mesh: jax.sharding.Mesh | None = None
+
+    def inputs(self, case: Case) -> Inputs:
+        inputs = make_inputs(case, self.ranks)
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, inputs)
+        return place(self.mesh, inputs, in_specs(case))
+
+    def step(self, case: Case, inputs: Inputs) -> Inputs:
+        """One call: hidden is the next step's residual. To be used in `program`."""
+        if self.mesh is None:
+            return inputs._replace(residual=loopback_tail(Operands(*inputs))[0][-1])
+        hidden, *_ = call_op(case, inputs, axis_name="tp", implementation="cuda")
+        return inputs._replace(residual=hidden)
+
+    def program(self, case: Case, body: Callable[[Inputs], Inputs]) -> Callable:
+        """From inputs to the residual after body."""
+        if self.mesh is None:
+            return lambda inputs: body(inputs).residual
+        return jax.shard_map(
+            lambda inputs: body(one_rank(inputs)).residual,
+            mesh=self.mesh,
+            in_specs=(in_specs(case),),
+            out_specs=P(),
+        )
+
+    def call(self, case: Case) -> Callable:
+        """One call: from inputs to what every rank holds of hidden and the next norms."""
+        if self.mesh is None:
+            return lambda inputs: loopback_tail(Operands(*inputs))
+        return mesh_call(case, self.mesh, implementation="cuda", out_specs=P("tp"), every_rank=True)
+
+
+def gpu_mesh(devices) -> jax.sharding.Mesh:
+    return make_mesh((len(devices),), ("tp",), devices)
+
+
+@pytest.fixture(params=["loopback_2", "loopback_4", "multi_gpu_2", "multi_gpu_4"])
+def where(request, built, require_gpus):
+    kind, ranks = request.param.rsplit("_", 1)
+    if kind == "multi_gpu":
+        return Place(int(ranks), gpu_mesh(require_gpus(int(ranks))))
+    require_gpus(1)
+    return Place(int(ranks))
+
+
+def same_bits(one, other) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+def unrolled(step, inputs):
+    for _ in range(STEPS):
+        inputs = step(inputs)
+    return inputs
+
+
+def scanned(step, inputs):
+    return jax.lax.scan(lambda state, _: (step(state), None), inputs, length=STEPS)[0]
+
+
+def while_looped(step, inputs):
+    def body(state):
+        return state[0] + 1, step(state[1])
+
+    return jax.lax.while_loop(lambda state: state[0] < STEPS, body, (0, inputs))[1]
+
+
+def jitted(**options):
+    def prepare(function, _):
+        return jax.jit(function, compiler_options=options)
+
+    return prepare
+
+
+def ahead_of_time(function, inputs):
+    return jax.jit(function).lower(inputs).compile()
+
+
+def exported(function, inputs):
+    blob = jax.export.export(jax.jit(function), disabled_checks=CUSTOM_CALLS)(inputs).serialize()
+    return jax.jit(jax.export.deserialize(blob).call)
+
+
+def donated(function, _):
+    call = jax.jit(function, donate_argnums=0)
+
+    def copy_and_call(inputs):
+        return call(jax.tree.map(jnp.copy, inputs))
+
+    return copy_and_call
+
+
+# As many calls to a CUDA graph as can be, also where nothing else stands between them.
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUSTOM_CALL",
+    "xla_gpu_graph_min_graph_size": "1",
+}
+PROGRAMS = {
+    "jit": (unrolled, jitted()),
+    "no_graphs": (unrolled, jitted(xla_gpu_enable_command_buffer="")),
+    "graphs": (unrolled, jitted(**GRAPHS)),
+    "latency_hiding": (unrolled, jitted(xla_gpu_enable_latency_hiding_scheduler=True)),
+    "aot": (unrolled, ahead_of_time),
+    "export": (unrolled, exported),
+    "donated": (unrolled, donated),
+    "scan": (scanned, jitted()),
+    "scan_no_graphs": (scanned, jitted(xla_gpu_enable_command_buffer="")),
+    "while": (while_looped, jitted()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs(where, name):
+    """Hazards 9 and 13: however JAX compiles a decode loop, and at every run of it (the first is
+    eager, the second captured, the others replayed), it is the steps one by one."""
+    body, prepare = PROGRAMS[name]
+    step = functools.partial(where.step, DECODE)
+    inputs = where.inputs(DECODE)
+    one_step = jax.jit(where.program(DECODE, step))
+    want = inputs
+    for _ in range(STEPS):
+        want = want._replace(residual=one_step(want))
+    call = prepare(where.program(DECODE, functools.partial(body, step)), inputs)
+    for _ in range(4):
+        same_bits(call(inputs), want.residual)
+
+
+def in_turn(programs, rounds: int, seed: int = 0, dispatch=NO_LOCK) -> None:
+    """Checks every (place, case) against the oracle, then all of them in random order against
+    that. dispatch: held while a call is dispatched."""
+    calls = []
+    for place_, case in programs:
+        inputs = place_.inputs(case)
+        call = jax.jit(place_.call(case))
+        with dispatch:
+            first = call(inputs)
+        outputs = [np.asarray(out)[0] for out in first]
+        assert_matches(case, make_inputs(case, place_.ranks), outputs, exact_sum=True)
+        calls.append((call, inputs, first))
+    order = np.random.default_rng(seed).integers(len(calls), size=rounds)
+    pending = []
+    for call, inputs, first in (calls[i] for i in order):
+        with dispatch:
+            pending.append((call(inputs), first))
+    for outputs, first in pending:
+        same_bits(outputs, first)
+
+
+SAME_SIZE = [Case((8,), 2560), Case((8,), 2560, op="sandwich", next_norms=2)]
+TWO_MODELS = [Case((8,), 640), Case((8,), 5376), Case((300,), 640), Case((300,), 5376, F32)]
+
+
+@pytest.mark.parametrize("cases", [SAME_SIZE, TWO_MODELS], ids=["same_size", "two_models"])
+def test_functions_in_turn(where, cases):
+    """Hazards 8, 14 and 15: functions that share a workspace, and models of other widths."""
+    in_turn([(where, case) for case in cases], rounds=200)
+
+
+def test_meshes_in_turn_loopback(built, require_gpus):
+    """Hazards 7 and 8: groups of other sizes on one device."""
+    require_gpus(1)
+    in_turn([(Place(ranks), case) for ranks in (2, 4, 8) for case in SAME_SIZE], rounds=200)
+
+
+def test_meshes_in_turn_multi_gpu(built, require_gpus):
+    """Hazards 7 and 8: meshes that put the same devices into groups in another order."""
+    devices = require_gpus(2)
+    meshes = [
+        gpu_mesh(devices),
+        gpu_mesh(devices[::-1]),
+        make_mesh((1, 2), ("data", "tp"), devices),
+    ]
+    in_turn([(Place(2, mesh), case) for mesh in meshes for case in SAME_SIZE], rounds=200)
+
+
+def from_threads(kind: str, ranks: int) -> None:
+    jga.set_peer_timeout(10)
+    mesh = gpu_mesh(jax.devices("cuda")[:ranks]) if kind == "multi_gpu" else None
+    programs = [(Place(ranks, mesh), case) for case in TWO_MODELS]
+    dispatch = NO_LOCK if mesh is None else threading.Lock()
+    failures = []
+
+    def work(seed: int) -> None:
+        try:
+            in_turn(programs, rounds=100, seed=seed, dispatch=dispatch)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    # Threads that came at the same time share what one of them made.
+    parts = [(p["device"], p["rank"], p["algorithm"], p["capacity"]) for p in jga.workspaces()]
+    assert len(parts) == len(set(parts))
+    print("right")
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("loopback", 2), ("loopback", 4), ("multi_gpu", 2)])
+def test_threads(built, require_gpus, kind, ranks):
+    """Hazard 9: several Python threads have calls in flight on the same devices.
+
+    Over a mesh all devices must get programs in one order, whatever collectives are in them, so the
+    threads take turns to dispatch. In loopback they do not, but the ranks' streams are shared, so
+    XLA must let one run at a time have the device.
+    """
+    require_gpus(ranks if kind == "multi_gpu" else 1)
+    env = {"XLA_FLAGS": "--xla_gpu_require_exclusive_lock=true"} if kind == "loopback" else {}
+    ended = children.run(from_threads, kind, ranks, seconds=90, env=env)
+    assert ended.check().stdout == "right\n"

@@ -1,0 +1,235 @@
+"""Jobs of several processes: what they know of each other, one call over all of them, and a peer
+that dies."""
+
+import dataclasses
+import functools
+import os
+import re
+import signal
+
+import children
+import jax
+import numpy as np
+import pytest
+from cases import BF16, F32, Case, assert_matches, make_inputs
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+from runners import in_specs, make_mesh, mesh_call
+
+import jax_gemma_arf as jga
+from jax_gemma_arf import processes
+from jax_gemma_arf.loopback import loopback_tail
+from jax_gemma_arf.reference import Operands
+
+CASES = [
+    Case((1,), 640),
+    Case((33,), 2816, op="sandwich", next_norms=2),
+    Case((9,), 5376, F32, op="moe_tail"),
+    Case((129,), 2560, op="all_reduce_norm"),
+    # Above support.ONE_SHOT_MAX_BYTES, so two-shot on a mesh.
+    Case((600,), 2816, BF16),
+]
+
+
+def join(coordinator: str, count: int, index: int, local_device_ids=None) -> None:
+    """Makes this process one of a job."""
+    jax.distributed.initialize(coordinator, count, index, local_device_ids=local_device_ids)
+
+
+def global_inputs(case: Case, mesh, specs, seed: int):
+    """The case's inputs over a mesh of several processes, and all of them as NumPy arrays."""
+    inputs = make_inputs(dataclasses.replace(case, seed=seed), mesh.shape["tp"])
+
+    def place(array, spec):
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return inputs, jax.tree.map(place, inputs, specs)
+
+
+def check_over_mesh(mesh, cases, implementation, *, exact_sum: bool) -> None:
+    """Each case over a mesh of ("data", "tp") three times, with other data each time: what this
+    process's devices hold, against the oracle."""
+    data = mesh.shape["data"]
+    for case in cases:
+        # data shards of the case's tokens each
+        whole = dataclasses.replace(case, leading=(data * case.leading[0],))
+        specs = in_specs(whole, P("tp", "data"), P("data"))
+        call = jax.jit(
+            mesh_call(
+                whole,
+                mesh,
+                specs=specs,
+                out_specs=P("tp", "data"),
+                every_rank=True,
+                implementation=implementation,
+            )
+        )
+        for seed in range(3):
+            inputs, placed = global_inputs(whole, mesh, specs, seed)
+            outputs = call(placed)
+            for shards in zip(*(out.addressable_shards for out in outputs)):
+                start, stop, _ = shards[0].index[1].indices(whole.leading[0])
+                local = [np.asarray(shard.data)[0] for shard in shards]
+                assert_matches(case, inputs.tokens(start, stop), local, exact_sum=exact_sum)
+
+
+# CPUs
+
+
+def on_cpus(coordinator: str, index: int) -> None:
+    join(coordinator, 2, index)
+    devices = jax.devices()
+    assert [device.process_index for device in devices] == [0, 0, 1, 1]
+    tp = make_mesh((1, 4), ("data", "tp"), devices)
+    data_tp = make_mesh((2, 2), ("data", "tp"), devices)
+    assert processes.known(2) is None
+    jga.initialize()
+    for shape in ((1, 640), (1, 1000)):
+        print(jga.fusion_support(shape, BF16, mesh=tp, axis_name="tp"))
+    for fact in processes.known(2):
+        print(fact)
+    # Processes that disagree would wait for each other here.
+    check_over_mesh(tp, CASES[:2], None, exact_sum=False)
+    check_over_mesh(data_tp, CASES[:1], None, exact_sum=False)
+    print("right")
+
+
+def run_on_cpus(**second_environment):
+    env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    address = children.coordinator()
+    pair = [
+        children.Child(on_cpus, address, 0, env=env),
+        children.Child(on_cpus, address, 1, env=env | second_environment),
+    ]
+    outputs = [child.check().stdout for child in children.run_together(pair, seconds=100)]
+    return [re.sub(r"^\[Gloo\].*\n", "", text, flags=re.MULTILINE).splitlines() for text in outputs]
+
+
+def test_two_processes_on_cpus():
+    """Both know the same, decide alike, and compute what one would, through psum."""
+    first, second = run_on_cpus()
+    assert first == second
+    assert first[-1] == "right"
+    assert "platform is cpu" in first[0]
+    assert "D must be a multiple of 64" in first[1]
+    assert sum(line.startswith("ProcessFacts(") for line in first) == 2
+
+
+def test_one_process_switches_all_off():
+    """Hazard 11: what one process wants is known to all before any of them decides."""
+    first, second = run_on_cpus(JAX_GEMMA_ARF_DISABLE="1")
+    assert first == second
+    assert first[-1] == "right"
+    assert "switched off by JAX_GEMMA_ARF_DISABLE" in first[0]
+    assert [line[-12:] for line in first[2:4]] == [" disabled=0)", " disabled=1)"]
+
+
+def test_initialize_alone(monkeypatch):
+    """In a job of one process there is nobody to ask."""
+
+    def nobody(*_):
+        raise AssertionError("asked other processes")
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", nobody)
+    jga.initialize()
+    assert processes.known(1) == [processes.own_facts()]
+
+
+# One GPU. The processes take turns on it, some milliseconds each.
+
+
+def in_loopback(directory: str, ranks: list[int], axis_size: int) -> None:
+    jga.set_peer_timeout(20)
+    for algorithm in ("one_shot", "two_shot"):
+        for case in CASES[:4]:
+            options = {"local_ranks": tuple(ranks), "axis_size": axis_size, "rendezvous": directory}
+            call = jax.jit(functools.partial(loopback_tail, algorithm=algorithm, **options))
+            for seed in range(3):
+                inputs = make_inputs(dataclasses.replace(case, seed=seed), axis_size)
+                mine = inputs._replace(partial_sums=tuple(x[ranks] for x in inputs.partial_sums))
+                outputs = [np.asarray(out) for out in call(Operands(*mine))]
+                for i in range(len(ranks)):
+                    assert_matches(case, inputs, [out[i] for out in outputs], exact_sum=True)
+    held = jga.workspaces()
+    assert {part["rank"] for part in held} == set(ranks)
+    assert {part["damage"] for part in held} == {""}
+    print("right")
+
+
+@pytest.mark.parametrize("halves", [([0], [1]), ([0, 1], [2, 3])], ids=["1+1", "2+2"])
+def test_loopback_in_two_processes(built, require_gpus, tmp_path, halves):
+    """The exchange between processes, with the memory of another mapped through CUDA IPC."""
+    require_gpus(1)
+    size = sum(map(len, halves))
+    pair = [children.Child(in_loopback, str(tmp_path), ranks, size) for ranks in halves]
+    for child in children.run_together(pair, seconds=110):
+        assert child.check().stdout.endswith("right\n")
+
+
+# GPUs of their own
+
+
+def mesh_over_all():
+    """("data", "tp"), tp along the processes where each has several devices."""
+    of_process = {}
+    for device in jax.devices():
+        of_process.setdefault(device.process_index, []).append(device)
+    grid = np.array(list(of_process.values())).T  # [data, tp]
+    return jax.sharding.Mesh(grid, ("data", "tp"))
+
+
+def on_gpus(coordinator: str, index: int, gpus_each: int) -> None:
+    join(coordinator, 2, index, [index * gpus_each + i for i in range(gpus_each)])
+    jga.initialize()
+    mesh = mesh_over_all()
+    support = jga.fusion_support((1, 640), BF16, mesh=mesh, axis_name="tp")
+    assert support, support.reason
+    check_over_mesh(mesh, CASES, "cuda", exact_sum=True)
+    assert {part["damage"] for part in jga.workspaces()} == {""}
+    print("right")
+
+
+@pytest.mark.parametrize("gpus_each", [1, 2])
+def test_multi_gpu_processes(built, require_gpus, gpus_each):
+    """One process a GPU, or several, by the same code as one process for all."""
+    require_gpus(2 * gpus_each)
+    address = children.coordinator()
+    pair = [children.Child(on_gpus, address, index, gpus_each) for index in range(2)]
+    for child in children.run_together(pair, seconds=110):
+        assert child.check().stdout.endswith("right\n")
+
+
+def with_a_peer_that_dies(coordinator: str, index: int) -> None:
+    jga.set_peer_timeout(3)
+    join(coordinator, 2, index, [index])
+    jga.initialize()
+    mesh = mesh_over_all()
+    case = CASES[0]
+    specs = in_specs(case)
+    call = jax.jit(mesh_call(case, mesh, implementation="cuda"))
+    _, placed = global_inputs(case, mesh, specs, 0)
+    for step in range(6):
+        if (index, step) == (1, 4):
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            jax.block_until_ready(call(placed))
+        except jax.errors.JaxRuntimeError as error:
+            print(f"step {step} raised: {error}", flush=True)
+            os._exit(1)  # atexit, jax.distributed would wait for the peer
+
+
+def test_multi_gpu_peer_dies(built, require_gpus):
+    """Hazard 19: the survivor hears which rank did not come, and gets an error."""
+    require_gpus(2)
+    address = children.coordinator()
+    pair = [children.Child(with_a_peer_that_dies, address, index) for index in range(2)]
+    survivor, victim = children.run_together(pair, seconds=100)
+    assert victim.status == -signal.SIGKILL
+    assert survivor.status == 1, survivor
+    assert re.search(r"step [45] raised", survivor.stdout), survivor
+    assert re.search(
+        r"rank 0 waited longer than the peer timeout for rank 1 of its replica group, in call \d+ "
+        r"\(one_shot, 1 x \[1, 640\] bfloat16 over groups \[0, 1\]\)",
+        survivor.stderr,
+    ), survivor
