@@ -117,8 +117,16 @@ class RowSum {
     __syncthreads();
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
-      values[s] = 0.f;
-      for (int w = 0; w < warps; ++w) values[s] += warp_sums[parity_][s][w];
+      if (blockDim.x % 32 == 0) {  // every warp has a lane for every warp's sum
+        values[s] = lane < warps ? warp_sums[parity_][s][lane] : 0.f;
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) {
+          values[s] += __shfl_xor_sync(mask, values[s], offset);
+        }
+      } else {
+        values[s] = 0.f;
+        for (int w = 0; w < warps; ++w) values[s] += warp_sums[parity_][s][w];
+      }
     }
     auto cluster = cooperative_groups::this_cluster();
     if (cluster.num_blocks() > 1) {

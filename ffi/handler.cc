@@ -37,9 +37,7 @@ using ffi::ErrorOr;
 
 using Groups = std::vector<std::vector<int64_t>>;
 
-// A grid is never limited to fewer blocks than this, the largest cluster, and to more than that, so
-// that a launch that asks for a bound gets one.
-constexpr int kLeastCtas = 8, kMaxCtas = 1024;
+constexpr int kLeastCtas = 8;  // the largest cluster: no grid may be limited to less
 
 // A workspace's parts on one device. In loopback each rank but the first has a stream of its own,
 // forked from and joined to XLA's.

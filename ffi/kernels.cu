@@ -42,24 +42,23 @@ __device__ __forceinline__ Words<4> LoadX(const void* x, int64_t row, const Lane
   return static_cast<const Words<4>*>(x)[row * lane.vectors + lane.vector];
 }
 
-// The call's number on this workspace, for all threads; see CountCall.
-__device__ __forceinline__ uint32_t ReadCall(const Launch& launch) {
-  return *static_cast<volatile uint32_t*>(&launch.peers.control->generation);
+// The number of this call on its workspace. A call adds kCounted to the counter, all its blocks
+// together; a block that has not yet added its share finds the number by dividing.
+__device__ __forceinline__ uint32_t ReadCall(const Control* control) {
+  return *static_cast<const volatile uint32_t*>(&control->counter) / kCounted;
 }
 
-// The block that comes last, when all have read the number, sets the next one.
-__device__ __forceinline__ void CountCall(const Launch& launch, uint32_t call) {
+// After it, no thread of the block may read the number.
+__device__ __forceinline__ void CountBlock(Control* control) {
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  Control* control = launch.peers.control;
-  if (atomicAdd(&control->arrived, 1) == gridDim.x - 1) {
-    control->arrived = 0;
-    control->generation = call + 1;
+  if (threadIdx.x == 0) {
+    atomicAdd(&control->counter, blockIdx.x == 0 ? kCounted - gridDim.x + 1 : 1u);
   }
 }
 
 // Sums the ranks' shares of a row, in float32 in rank order, and rounds once to T. `slot` is where
-// source 0's share arrives in this rank's memory. kInFlight shares are on their way at a time.
+// source 0's share arrives in this rank's memory. kInFlight shares are on their way at a time: as
+// many as there are registers for.
 template <typename T, int kRanks, int kInFlight>
 __device__ __forceinline__ Packed<T, kVectorBytes / sizeof(T)> Reduce(const Launch& launch,
                                                                       char* slot,
@@ -69,7 +68,7 @@ __device__ __forceinline__ Packed<T, kVectorBytes / sizeof(T)> Reduce(const Laun
   float sum[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sum[i] = 0.f;
-#pragma unroll
+#pragma unroll 1
   for (int begin = 0; begin < kRanks; begin += kInFlight) {
     Words<4> shares[kInFlight];
 #pragma unroll
@@ -100,8 +99,7 @@ __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ float4 scales[];
   const Lane<T> lane(launch);
-  const uint32_t call = ReadCall(launch);
-  const SlotMap map(launch, call);
+  const SlotMap map(launch, ReadCall(launch.peers.control));
   const auto slot = [&](int owner, int source, int branch, int token) {
     const int64_t row = int64_t{branch} * launch.tokens + token;
     return launch.peers.slots[owner] + map.generation + source * map.source +
@@ -118,19 +116,18 @@ __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
       }
     }
   }
-  CountCall(launch, call);
+  CountBlock(launch.peers.control);
 
   Epilogue<T, kBranches> epilogue(launch.tail, launch.hidden, lane.column, scales);
   for (int token = lane.first; token < launch.tokens; token += lane.step) {
     const int64_t index = int64_t{token} * launch.hidden + lane.column;
-    if constexpr (kBranches == 1) epilogue.Prefetch(index);
+    epilogue.Prefetch(index);
     Packed<T, kCount> rows[kBranches];
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
-      rows[b] = Reduce<T, kRanks, kBranches == 1 ? kRanks : 2>(
+      rows[b] = Reduce<T, kRanks, kBranches == 1 ? std::min(kRanks, 4) : 2>(
           launch, slot(launch.rank, 0, b, token), map.source, LoadX(launch.x[b], token, lane));
     }
-    if constexpr (kBranches > 1) epilogue.Prefetch(index);  // earlier it would spill
     float hidden[kCount];
     epilogue.Hidden(rows, hidden);
     Write(launch.tail.hidden, launch.tail.out_dtype, index, hidden);
@@ -146,9 +143,8 @@ __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ float4 scales[];
   const Lane<T> lane(launch);
-  const uint32_t call = ReadCall(launch);
-  CountCall(launch, call);
-  const SlotMap map(launch, call);
+  const SlotMap map(launch, ReadCall(launch.peers.control));
+  CountBlock(launch.peers.control);
   const int groups = (launch.tokens + kRanks - 1) / kRanks;
   const auto share_slot = [&](int owner, int source, int branch, int group) {
     const int64_t row = int64_t{branch} * groups + group;
@@ -180,8 +176,9 @@ __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
     Packed<T, kCount> rows[kBranches];
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
-      rows[b] = Reduce<T, kRanks, std::min(kRanks, 4)>(launch, share_slot(launch.rank, 0, b, group),
-                                                       map.source, LoadX(launch.x[b], token, lane));
+      rows[b] = Reduce<T, kRanks, kBranches == 1 ? std::min(kRanks, 4) : 1>(
+          launch, share_slot(launch.rank, 0, b, group), map.source,
+          LoadX(launch.x[b], token, lane));
     }
     float hidden[kCount];
     epilogue.Hidden(rows, hidden);
@@ -239,8 +236,8 @@ RowShape ShapeOfRow(Dtype dtype, int hidden) {
 
 // Shared memory of a block: the scales of its norms (Epilogue).
 int SharedBytes(const KernelKind& kind, int threads, int next_norms) {
-  const int rows = (kind.branches == 1 ? 1 : 1 + kind.branches) + next_norms;
-  return rows * threads * (kVectorBytes / ItemSize(kind.dtype)) * static_cast<int>(sizeof(float));
+  const int scales = (kind.branches == 1 ? 1 : 1 + kind.branches) + next_norms;
+  return scales * threads * (kVectorBytes / ItemSize(kind.dtype)) * static_cast<int>(sizeof(float));
 }
 
 cudaLaunchAttribute ClusterAttribute(const RowShape& shape) {

@@ -54,12 +54,13 @@ struct Tail {
   float scale_offset;
 };
 
-// Device memory of one rank that tells one call from the next, and counts the blocks of a launch
-// that have looked at it.
+// Device memory of one rank that tells one call on a workspace from the next: see ReadCall. The
+// counter runs over after an even number of calls, and no grid has kCounted blocks.
 struct Control {
-  uint32_t generation;
-  uint32_t arrived;
+  uint32_t counter;
 };
+inline constexpr uint32_t kCounted = 2048;
+inline constexpr int kMaxCtas = 1024;
 
 // One rank's view of a workspace (workspace.h).
 struct Peers {
