@@ -14,7 +14,8 @@ import jax
 #: Classes of kernels, and what their names contain. The first that fits counts.
 CLASSES = {
     "fused tail": r"jax_gemma_arf|allreduce_fusion_kernel",
-    "all-reduce": r"nccl|all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter|collective",
+    # "psum_...": XLA's own kernel for small all-reduces, named after the operation.
+    "all-reduce": r"nccl|psum|all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter|collective",
     "matmul": r"gemm|gemv|nvjet|cutlass|xmma|cublas|dot|matmul|splitk",
 }
 ELEMENTWISE = "norm and elementwise"
