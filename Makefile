@@ -2,7 +2,6 @@
 PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS ?= test
 
 .PHONY: help setup build test demo generate bench bench-rivals lint wheel clean
 .DELETE_ON_ERROR:
@@ -17,8 +16,13 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.built: pyproject.toml CMakeLists.txt $(wildcard ffi/*) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --editable .
 	@$(BIN)/python -m jax_gemma_arf --extension
+	@touch $@
+
+# What an extra of pyproject.toml brings, without building the package again.
+$(VENV)/.extra-%: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet 'jax-gemma-arf[$*]'
 	@touch $@
 
 setup: $(VENV)/.built
@@ -27,20 +31,20 @@ build: $(BIN)/python
 	rm -f $(VENV)/.built
 	$(MAKE) setup
 
-test: setup
+test: $(VENV)/.extra-test
 	$(BIN)/pytest
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
-generate: setup
+generate: $(VENV)/.extra-gemma
 	$(BIN)/python -m pip install --quiet --group generate
 	$(BIN)/python -W ignore::DeprecationWarning examples/generate.py $(ARGS)
 
 # On whatever there is: several GPUs, one GPU (all ranks on it) or a CPU (psum alone).
 # BENCH_ARGS= for the full runs, minutes each.
 BENCH_ARGS ?= --quick
-bench: setup
+bench: $(VENV)/.extra-bench
 	@if command -v nvcc > /dev/null; then $(MAKE) bench-rivals; fi
 	$(BIN)/python bench/op.py $(BENCH_ARGS)
 	$(BIN)/python bench/block.py $(BENCH_ARGS)
@@ -53,7 +57,7 @@ build/rivals/.built: $(wildcard bench/rivals/*) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/rivals ./bench/rivals
 	@touch $@
 
-lint: setup
+lint: $(VENV)/.extra-test
 	$(BIN)/python -m pip install --quiet --group dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
