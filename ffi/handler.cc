@@ -294,9 +294,15 @@ ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args,
   const auto next = [&](const char* name, int64_t count) -> Operand {
     if (error.failure()) return {};
     ErrorOr<AnyBuffer> buffer = args.get<AnyBuffer>(index++);
-    if (buffer.has_error()) return error = buffer.error(), Operand{};
+    if (buffer.has_error()) {
+      error = buffer.error();
+      return {};
+    }
     ErrorOr<Operand> operand = OperandOf(*buffer, name, count);
-    if (operand.has_error()) return error = operand.error(), Operand{};
+    if (operand.has_error()) {
+      error = operand.error();
+      return {};
+    }
     return *operand;
   };
   for (int b = 0; b < call.branches; ++b) {
