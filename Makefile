@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | generate | test | bench | build | lint | wheel | clean"
+	@echo "make demo | generate | test | bench | bench-rivals | setup | build | lint | wheel | clean"
 
 # The package is installed editable: Python files are used in place, ffi/ is compiled again when it
 # changes.

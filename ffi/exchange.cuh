@@ -8,7 +8,9 @@
 //
 // Slots for partial sums come in two generations, used by calls in turn. A peer fills a slot again
 // two calls later, and only after it has received what this rank sent in the call in between, thus
-// after this rank's kernel that emptied the slot has ended.
+// after this rank's kernel that emptied the slot has ended. All of this is relaxed: that the
+// emptying is not seen after the filling rests on a kernel's end, which writes back to the memory
+// where the peer's stores arrive later.
 #pragma once
 
 #include <cstdint>

@@ -253,6 +253,7 @@ struct Arguments {
   Tail tail;  // but for the results
 
   int64_t elements() const { return int64_t{tokens} * hidden; }
+  CallShape shape() const { return {kind, tokens, hidden, tail.next_norms, tail.out_dtype}; }
 };
 
 ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args, int64_t ranks) {
@@ -334,10 +335,7 @@ ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args,
 
 std::string Summary(const Call& call, const Arguments& arguments) {
   std::ostringstream text;
-  const char* const dtypes[] = {"float32", "bfloat16", "float16"};
-  text << (call.algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot") << ", " << call.branches
-       << " x [" << arguments.tokens << ", " << arguments.hidden << "] "
-       << dtypes[static_cast<int>(arguments.kind.dtype)] << " over groups";
+  text << arguments.shape().Describe() << "; groups";
   for (const std::vector<int64_t>& group : call.groups) {
     for (size_t i = 0; i < group.size(); ++i) text << (i == 0 ? " [" : ", ") << group[i];
     text << "]";
@@ -350,13 +348,11 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const ffi::Remai
                 const std::vector<int>& ranks, PeerExchange& exchange) {
   ErrorOr<Arguments> arguments = ArgumentsOf(call, args, ranks.size());
   if (arguments.has_error()) return arguments.error();
-  const WorkspaceSpec spec(arguments->kind,
-                           CapacityFor(arguments->kind, arguments->tokens, arguments->hidden,
-                                       arguments->tail.out_dtype));
+  const WorkspaceSpec spec(arguments->kind, CapacityFor(arguments->shape()));
   const Registry::Key key(communicator, device, spec.key());
   const Parts* parts = Registry::Get().Find(key);
-  ErrorOr<Agreement> agreement = Agree(spec, {arguments->kind, arguments->hidden, call.next_norms},
-                                       ranks, parts == nullptr ? nullptr : &parts->ranks, exchange);
+  ErrorOr<Agreement> agreement =
+      Agree(spec, arguments->shape(), ranks, parts == nullptr ? nullptr : &parts->ranks, exchange);
   if (agreement.has_error()) return agreement.error();
   if (parts == nullptr) {
     auto created = std::make_unique<Parts>();
@@ -450,8 +446,7 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArg
   ErrorOr<Arguments> arguments = ArgumentsOf(*call, args, ranks);
   if (arguments.has_error()) return arguments.error();
   const int64_t capacity = parts.ranks[0]->spec().capacity;
-  const int64_t needed =
-      CapacityFor(arguments->kind, arguments->tokens, arguments->hidden, arguments->tail.out_dtype);
+  const int64_t needed = CapacityFor(arguments->shape());
   if (needed > capacity) {
     return Internal("a message of " + std::to_string(needed) +
                     " bytes does not fit its workspace of " + std::to_string(capacity));
@@ -500,7 +495,7 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArg
     if (i > 0) error = cudaStreamWaitEvent(own, parts.fork);
     if (error == cudaSuccess && launch.rank != call->absent_rank) {
       error = Enqueue(launch, own);
-      enqueued.fetch_add(1, std::memory_order_relaxed);
+      if (error == cudaSuccess) enqueued.fetch_add(1, std::memory_order_relaxed);
     }
     if (error == cudaSuccess && i > 0) error = cudaEventRecord(parts.joins[i - 1], own);
   }

@@ -18,8 +18,9 @@ struct Target {
   XLA_FFI_Handler* execute;
 };
 
-// "jax_gemma_arf.tail": one rank a device, over a mesh. "jax_gemma_arf.loopback_tail": all ranks on
-// one device, on streams of their own; partial sums and results have a leading axis of ranks.
+// "jax_gemma_arf.tail": one rank a device, over a mesh. "jax_gemma_arf.loopback_tail": all ranks
+// that this process holds on one device, on streams of their own; partial sums and results have a
+// leading axis of ranks.
 extern const Target kTargets[2];
 
 // Launches that Execute has enqueued or captured in this process. A replayed CUDA graph adds none.

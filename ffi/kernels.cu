@@ -25,7 +25,7 @@ struct Lane {
   int first;    // row (one-shot) or group of rows (two-shot) to begin with
   int step;     // and from one to the next
 
-  __device__ __forceinline__ explicit Lane(const Launch& launch) {
+  __device__ __forceinline__ Lane() {
     auto cluster = cooperative_groups::this_cluster();
     const int blocks = cluster.num_blocks();
     vector = cluster.block_rank() * blockDim.x + threadIdx.x;
@@ -98,7 +98,7 @@ template <typename T, int kRanks, int kBranches>
 __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ float4 scales[];
-  const Lane<T> lane(launch);
+  const Lane<T> lane;
   const SlotMap map(launch, ReadCall(launch.peers.control));
   const auto slot = [&](int owner, int source, int branch, int token) {
     const int64_t row = int64_t{branch} * launch.tokens + token;
@@ -142,7 +142,7 @@ template <typename T, int kRanks, int kBranches>
 __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ float4 scales[];
-  const Lane<T> lane(launch);
+  const Lane<T> lane;
   const SlotMap map(launch, ReadCall(launch.peers.control));
   CountBlock(launch.peers.control);
   const int groups = (launch.tokens + kRanks - 1) / kRanks;

@@ -77,7 +77,12 @@ int64_t WorkspaceBytes(bool one_shot, int nranks, int64_t message_bytes) {
 
 nb::list Workspaces() {
   nb::list all;
-  for (const WorkspaceReport& report : ReportWorkspaces()) {
+  std::vector<WorkspaceReport> reports;
+  {
+    const nb::gil_scoped_release release;  // it waits for device memory
+    reports = ReportWorkspaces();
+  }
+  for (const WorkspaceReport& report : reports) {
     nb::dict one;
     one["device"] = report.device;
     one["rank"] = report.rank;

@@ -41,7 +41,10 @@ class Watchdog {
       const std::string failure = Describe(
           cudaHostRegister(page, kPageBytes, cudaHostRegisterPortable | cudaHostRegisterMapped),
           "registering host memory");
-      if (!failure.empty()) return failure;
+      if (!failure.empty()) {
+        std::free(page);
+        return failure;
+      }
       words_ = static_cast<volatile uint64_t*>(page);
       for (int i = 0; i < kWords; ++i) words_[i] = 0;
       std::thread([this] { Watch(); }).detach();

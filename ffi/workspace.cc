@@ -4,6 +4,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "errors.h"
@@ -46,6 +47,10 @@ Error Vote(const std::vector<PeerRecord>& records) {
       failure = std::string("its jax_gemma_arf is ") + record.version + " where rank 0's is " +
                 records[0].version;
     }
+    if (failure.empty() && !(record.call == records[0].call)) {
+      failure = "it calls " + record.call.Describe() + " where rank 0 calls " +
+                records[0].call.Describe();
+    }
     if (failure.empty() && record.multiprocessors != records[0].multiprocessors) {
       failure = "it has another kind of GPU than rank 0 (" +
                 std::to_string(record.multiprocessors) + " multiprocessors, not " +
@@ -62,6 +67,7 @@ Error Vote(const std::vector<PeerRecord>& records) {
 // The facts of the current device that the peers must know.
 std::string FillFacts(const CallShape& call, PeerRecord* record) {
   record->process = ProcessToken();
+  record->call = call;
   CopyText(record->version, JAX_GEMMA_ARF_VERSION);
   std::string failure = Describe(cudaGetDevice(&record->device), "cudaGetDevice");
   if (failure.empty()) {
@@ -80,12 +86,31 @@ std::string FillFacts(const CallShape& call, PeerRecord* record) {
 
 }  // namespace
 
-int64_t CapacityFor(const KernelKind& kind, int tokens, int hidden, Dtype out_dtype) {
+bool CallShape::operator==(const CallShape& other) const {
+  const auto all = [](const CallShape& call) {
+    return std::make_tuple(call.kind.algorithm, call.kind.dtype, call.kind.nranks,
+                           call.kind.branches, call.tokens, call.hidden, call.next_norms,
+                           call.out_dtype);
+  };
+  return all(*this) == all(other);
+}
+
+std::string CallShape::Describe() const {
+  const char* const dtypes[] = {"float32", "bfloat16", "float16"};
+  return std::string(kind.algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot") + ", " +
+         std::to_string(kind.branches) + " x [" + std::to_string(tokens) + ", " +
+         std::to_string(hidden) + "] " + dtypes[static_cast<int>(kind.dtype)] + " over " +
+         std::to_string(kind.nranks) + " ranks, " + std::to_string(next_norms) +
+         " next norms, to " + dtypes[static_cast<int>(out_dtype)];
+}
+
+int64_t CapacityFor(const CallShape& call) {
+  const KernelKind& kind = call.kind;
   const bool one_shot = kind.algorithm == Algorithm::kOneShot;
-  const int64_t groups = (int64_t{tokens} + kind.nranks - 1) / kind.nranks;
-  const int64_t rows = kind.branches * (one_shot ? tokens : groups * kind.nranks);
-  return std::max(rows * hidden * ItemSize(kind.dtype),
-                  one_shot ? 0 : int64_t{tokens} * hidden * ItemSize(out_dtype));
+  const int64_t groups = (int64_t{call.tokens} + kind.nranks - 1) / kind.nranks;
+  const int64_t rows = kind.branches * (one_shot ? call.tokens : groups * kind.nranks);
+  return std::max(rows * call.hidden * ItemSize(kind.dtype),
+                  one_shot ? 0 : int64_t{call.tokens} * call.hidden * ItemSize(call.out_dtype));
 }
 
 WorkspaceSpec::WorkspaceSpec(const KernelKind& kind, int64_t least_capacity)
@@ -191,8 +216,8 @@ ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const CallShape& call,
     std::string failure = no_stream.empty() ? FillFacts(call, &mine[i]) : no_stream;
     if (failure.empty() && existing == nullptr) {
       created.push_back(std::make_unique<RankWorkspace>(spec, ranks[i]));
-      failure = created[i]->Allocate(stream);
-      mine[i].base = created[i]->base();
+      failure = created.back()->Allocate(stream);
+      mine[i].base = created.back()->base();
       // Not to be had everywhere; only ranks in other processes need it, and they will say so.
       if (cudaIpcGetMemHandle(&mine[i].handle, mine[i].base) != cudaSuccess) {
         (void)cudaGetLastError();

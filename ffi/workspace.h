@@ -2,7 +2,7 @@
 //
 // A workspace is created once for a (replica group, algorithm, size class) and lives as long as the
 // process: it never grows and is never shared between those, so pointers that a CUDA graph holds
-// stay valid and no counter ever serves two kinds of kernel.
+// stay valid and no counter ever serves two algorithms.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,9 +23,21 @@ namespace jax_gemma_arf {
 inline constexpr int64_t kMaxMessageBytes = int64_t{256} << 20;
 inline constexpr int64_t kMaxOneShotBytes = int64_t{64} << 20;
 
+// What all ranks of a call must have in common.
+struct CallShape {
+  KernelKind kind;
+  int tokens;
+  int hidden;
+  int next_norms;
+  Dtype out_dtype;
+
+  bool operator==(const CallShape& other) const;
+  std::string Describe() const;
+};
+
 // What the slots of a call must hold, as exchange.cuh lays them out: whole groups of rows in
 // two-shot, and the finished rows, which can have wider elements.
-int64_t CapacityFor(const KernelKind& kind, int tokens, int hidden, Dtype out_dtype);
+int64_t CapacityFor(const CallShape& call);
 
 struct WorkspaceSpec {
   Algorithm algorithm;
@@ -59,12 +71,13 @@ struct PeerRecord {
   int32_t multiprocessors = 0;
   int32_t resident_ctas = 0;  // how many blocks of the call's kernel its device holds at once
   int32_t has_workspace = 0;  // from an earlier call
-  char version[24] = {};      // of the extension
-  char failure[224] = {};     // empty: this rank is fine
+  CallShape call = {};
+  char version[24] = {};   // of the extension
+  char failure[224] = {};  // empty: this rank is fine
 };
 
-// Where the peers' records come from: the other ranks' threads or processes (over NCCL), or this
-// thread alone when it holds every rank (loopback).
+// Where the peers' records come from: the other ranks' threads or processes (over NCCL), this
+// thread alone when it holds every rank (loopback), or files.
 class PeerExchange {
  public:
   virtual ~PeerExchange() = default;
@@ -82,7 +95,7 @@ class RankWorkspace {
   RankWorkspace(const RankWorkspace&) = delete;
   RankWorkspace& operator=(const RankWorkspace&) = delete;
 
-  // Each returns "" or what failed, and synchronises with `stream`.
+  // Each returns "" or what failed. Allocate synchronises with `stream`.
   std::string Allocate(cudaStream_t stream);
   std::string Connect(const std::vector<PeerRecord>& peers);
   // Also if the guards on both sides of the slots are no longer what they were (hazard 18).
@@ -104,13 +117,6 @@ class RankWorkspace {
 
 // The parts of the ranks that one device holds: one of a mesh, all in loopback.
 using Workspace = std::vector<std::unique_ptr<RankWorkspace>>;
-
-// What a call needs that its ranks must agree on.
-struct CallShape {
-  KernelKind kind;
-  int hidden;
-  int next_norms;
-};
 
 // What all ranks agreed on for a call.
 struct Agreement {

@@ -53,14 +53,14 @@ def set_peer_timeout(seconds: float | None) -> None:
     into a CUDA graph, afterwards have the new bound. Without the extension it does nothing.
 
     Args:
-      seconds: more than any rank may be behind another, by Python that runs between steps, say; 60
-        if never set. None waits for ever.
+      seconds: more than any rank may be behind another, by writing a checkpoint or compiling
+        another program between two steps, say; 60 if never set. None waits for ever.
 
     Raises:
-      ValueError: if seconds is not positive and at most a day.
+      ValueError: if seconds is not from a millisecond to a day.
     """
-    if seconds is not None and not 0 < seconds <= 86400:
-        raise ValueError(f"seconds must be None or from 0 (exclusive) to 86400, got {seconds}")
+    if seconds is not None and not 1e-3 <= seconds <= 86400:
+        raise ValueError(f"seconds must be None or from 0.001 to 86400, got {seconds}")
     if _ffi is not None:
         _ffi.set_timeout(0.0 if seconds is None else float(seconds))
 

@@ -59,7 +59,7 @@ def known(processes: int) -> list[ProcessFacts] | None:
 
 def disabled() -> bool:
     """Whether a process that this one knows of switches the kernel off."""
-    return any(process.disabled for process in _gathered or [own_facts()])
+    return any(p.disabled for p in _gathered) if _gathered is not None else _disabled_here()
 
 
 def own_facts() -> ProcessFacts:
@@ -72,8 +72,12 @@ def own_facts() -> ProcessFacts:
         built=built is not None,
         nvlinked=bool(peers) and all(all(row) for row in peers),
         visible_gpus=len(peers),
-        disabled=os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"),
+        disabled=_disabled_here(),
     )
+
+
+def _disabled_here() -> bool:
+    return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 
 def _boot_id() -> str:
