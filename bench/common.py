@@ -6,6 +6,7 @@ report.py makes tables and plots.
 
 import argparse
 import collections
+import concurrent.futures
 import datetime
 import importlib.metadata
 import json
@@ -113,6 +114,18 @@ class Clock:
         return [
             (self._seconds(call) - flush) / (self.runs * parts) * 1e6 for _ in range(self.repeats)
         ]
+
+
+def start(
+    pool: concurrent.futures.Executor, lower: Callable[[], jax.stages.Lowered]
+) -> concurrent.futures.Future:
+    """Lowers, here and now, and starts to compile. What goes wrong is the future's."""
+    try:
+        return pool.submit(lower().compile)
+    except Exception as error:
+        failed = concurrent.futures.Future()
+        failed.set_exception(error)
+        return failed
 
 
 def copy_bandwidth(mesh: jax.sharding.Mesh) -> float:

@@ -47,6 +47,9 @@ run_ops() {
 run_block() {
   step 300 python3 bench/block.py --models 31B E4B --tokens 1 16 128 1024 --flag-sets A C
   step 120 python3 bench/profile_compare.py
+  if python3 -c "import gemma" 2> /dev/null; then  # the extra gemma: 2.9 GB
+    step 600 python3 bench/model.py --flag-sets A C --child-seconds 280
+  fi
 }
 run_speed() { run_op; run_ops; run_block; step 120 python3 examples/demo.py; }
 run_quick() {

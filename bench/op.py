@@ -379,13 +379,16 @@ class Bench:
         return Line(
             config,
             contenders,
-            {c.name: start(pool, functools.partial(self.lower, config, c)) for c in contenders},
             {
-                oracle: start(pool, functools.partial(program.lower, state, stacked))
+                c.name: common.start(pool, functools.partial(self.lower, config, c))
+                for c in contenders
+            },
+            {
+                oracle: common.start(pool, functools.partial(program.lower, state, stacked))
                 for oracle, program in oracles.items()
             },
-            start(pool, functools.partial(self.generator(config).lower, random_key())),
-            start(pool, functools.partial(jax.jit(pick).lower, stacked, 0)),
+            common.start(pool, functools.partial(self.generator(config).lower, random_key())),
+            common.start(pool, functools.partial(jax.jit(pick).lower, stacked, 0)),
         )
 
     def check_wire(self, state: State) -> bool:
@@ -431,18 +434,6 @@ class Line(NamedTuple):
     oracles: dict[Callable, concurrent.futures.Future]
     generator: concurrent.futures.Future
     pick: concurrent.futures.Future
-
-
-def start(
-    pool: concurrent.futures.Executor, lower: Callable[[], jax.stages.Lowered]
-) -> concurrent.futures.Future:
-    """Lowers, here and now, and starts to compile. What goes wrong is the future's."""
-    try:
-        return pool.submit(lower().compile)
-    except Exception as error:
-        failed = concurrent.futures.Future()
-        failed.set_exception(error)
-        return failed
 
 
 def random_key() -> jax.Array:

@@ -147,7 +147,7 @@ def _troubles(record: Record) -> list[str]:
 
 
 def _identity(row: dict[str, Any]) -> str:
-    keys = ("op", "model", "implementation", "flag_set", "hidden", "tokens")
+    keys = ("op", "model", "phase", "batch", "implementation", "flag_set", "hidden", "tokens")
     return ", ".join(f"{key} {row[key]}" for key in keys if key in row)
 
 
@@ -181,6 +181,53 @@ def block_markdown(record: Record) -> str:
             + common.table(["tokens", *titles, *(f"{base} / {name}" for name in fused)], cells)
         )
     return "\n\n".join([*parts, *_troubles(record)])
+
+
+def model_markdown(record: Record) -> str:
+    """One table: microseconds a step and tokens a second of prefill and decodes."""
+    facts = record["facts"]
+    parts = [
+        f"## Whole models\n\n{headline(record)}; {facts.get('layers')} layers, D = "
+        f"{facts.get('hidden')}, random weights; a prompt and cache of {facts.get('prompt')} tokens"
+    ]
+    for model, rows in common.grouped(record["rows"], "model").items():
+        lines = {
+            line: best(timings, "step_us")
+            for line, timings in common.grouped(rows, "phase", "batch", "tokens").items()
+        }
+        names = list(dict.fromkeys(name for line in lines.values() for name in line))
+        rated = [name for name in names if not name.endswith(" again")]
+        fused = [name for name in names if name == "fused"]
+        cells = [
+            [
+                f"{phase}, batch {batch}",
+                *(_wall(line.get(name), name == "psum") for name in names),
+                *(_rate(line.get(name), tokens) for name in rated),
+                *(faster(line.get("psum"), line.get(name)) for name in fused),
+            ]
+            for (phase, batch, tokens), line in lines.items()
+        ]
+        header = [
+            "us a step",
+            *(LABELS.get(name, name) for name in names),
+            *(f"{LABELS[name]}, tokens/s" for name in rated),
+            *(f"psum / {name}" for name in fused),
+        ]
+        errors = [row["relative_error"] for row in rows if "relative_error" in row]
+        off = f"; logits are off by {max(errors):.1%} at most" if errors else ""
+        parts.append(
+            f"### {model}\n\nWall time; in brackets psum's best flag set{off}.\n\n"
+            + common.table(header, cells)
+        )
+    return "\n\n".join([*parts, *_troubles(record)])
+
+
+def _rate(timing: Timing | None, tokens: int) -> str:
+    """Tokens a second; tokens: of one step."""
+    if timing is None:
+        return ""
+    rate = tokens / timing.wall.median * 1e6
+    return str(Spread(rate, rate * timing.wall.spread / timing.wall.median))
 
 
 def _panel(axes, title: str, ylabel: str) -> None:
@@ -345,28 +392,41 @@ def block_plot(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
 
 
+#: Of each kind: its tables, and its picture if it has one.
+KINDS = {
+    "op": (op_markdown, op_plot),
+    "block": (block_markdown, block_plot),
+    "model": (model_markdown, None),
+}
+
+
 def finish(kind: str, content: Record, directory: Path) -> None:
     """Writes a record and its plot, and prints its tables; an error if none or a wrong one came."""
     path = common.write_record(kind, content, directory)
     record = read(path)
     print(markdown(record))
     print(f"\n{path}")
-    if not any("wall_us" in row or "layer_us" in row for row in record["rows"]):
+    if not any(row.keys() & {"wall_us", "layer_us", "step_us"} for row in record["rows"]):
         sys.exit("nothing was timed")
-    plot(record, path.with_suffix(".png"))
-    print(path.with_suffix(".png"))
+    if picture := plot(record, path.parent):
+        print(picture)
     if any(row.get("matches") is False for row in record["rows"]):
         sys.exit("a result is wrong")
 
 
 def markdown(record: Record) -> str:
     """The tables of a record."""
-    return {"op": op_markdown, "block": block_markdown}[record["kind"]](record)
+    return KINDS[record["kind"]][0](record)
 
 
-def plot(record: Record, path: Path) -> None:
-    """The picture of a record."""
-    {"op": op_plot, "block": block_plot}[record["kind"]](record, path)
+def plot(record: Record, folder: Path) -> Path | None:
+    """The picture of a record, where it was written; None for a kind that has none."""
+    draw = KINDS[record["kind"]][1]
+    if draw is None:
+        return None
+    path = folder / f"{record['name']}.png"
+    draw(record, path)
+    return path
 
 
 def main() -> None:
@@ -378,12 +438,11 @@ def main() -> None:
     arguments = parser.parse_args()
     for path in arguments.records:
         record = read(path)
-        folder = arguments.out or path.parent
-        if record["kind"] not in ("op", "block"):
-            parser.error(f'{path}: kind must be "op" or "block", got {record["kind"]!r}')
+        if record["kind"] not in KINDS:
+            parser.error(f"{path}: kind must be one of {[*KINDS]}, got {record['kind']!r}")
         print(markdown(record))
-        plot(record, folder / f"{path.stem}.png")
-        print(f"\n{folder / path.stem}.png\n")
+        picture = plot(record, arguments.out or path.parent)
+        print(f"\n{picture}\n" if picture else "")
 
 
 if __name__ == "__main__":

@@ -255,6 +255,38 @@ def test_best_flag_set_counts_and_wrong_results_do_not():
     assert "RuntimeError: no link" in text
 
 
+def test_tokens_a_second():
+    line = {"model": "Gemma4_E2B", "flag_set": "A", "matches": True, "relative_error": 0.04}
+    decode = line | {"phase": "decode", "batch": 16, "tokens": 16}
+    rows = [
+        decode | {"implementation": "psum", "step_us": [1900.0, 2000.0, 2100.0]},
+        decode | {"implementation": "psum", "step_us": [4000.0] * 3, "flag_set": "C"},
+        decode | {"implementation": "fused", "step_us": [900.0, 1000.0, 1100.0]},
+        decode | {"implementation": "fused again", "step_us": [9.0] * 3, "matches": False},
+    ]
+    facts = {"mode": "mesh", "ranks": 2, "layers": 35, "hidden": 1536, "prompt": 1024}
+    machine = {"gpus": [], "driver": None, "versions": {}, "commit": "0"}
+    record = {"kind": "model", "rows": rows, "facts": facts, "machine": machine, "notes": []}
+    text = report.markdown(record | {"created": "2026-01-01"})
+    times = "2000.0 ± 100.0 [A] | 1000.0 ± 100.0"
+    assert f"| decode, batch 16 | {times} | 8000.0 ± 400.0 | 16000.0 ± 1600.0 | 2.00 |" in text
+    assert "WRONG RESULT: model Gemma4_E2B, phase decode, batch 16" in text
+
+
+def test_model_without_gemma():
+    code = "import sys; sys.modules['gemma'] = None; import model"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "bench",
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "pip install '.[bench,gemma]'" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_differences_within_the_spread_do_not_count():
     one, two = common.summarize([9.0, 10.0, 11.0]), common.summarize([10.0, 11.0, 12.0])
     assert one == (10.0, 1.0) == (statistics.median([9, 10, 11]), 1)
