@@ -73,7 +73,7 @@ def test_size_classes(built):
 
 @pytest.mark.parametrize("seconds", [0, -1, 1e-10, 1e6, float("nan")])
 def test_bad_peer_timeout(seconds):
-    with pytest.raises(ValueError, match="seconds must be None or from 0.001"):
+    with pytest.raises(ValueError, match=r"seconds must be None or from 0\.001"):
         jax_gemma_arf.set_peer_timeout(seconds)
 
 
