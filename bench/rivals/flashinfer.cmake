@@ -1,6 +1,7 @@
-# Finds FlashInfer's headers and sets FLASHINFER_INCLUDE_DIRS and
-# FLASHINFER_BUILT_WITH, for the report: FLASHINFER_INCLUDE_DIR if given, else an installed flashinfer-python of the pinned version, else that wheel, downloaded with its hash
-# checked and without its dependencies (no torch), of which include/ and spdlog/ are unpacked.
+# Finds FlashInfer's headers: FLASHINFER_INCLUDE_DIR if given, else an installed flashinfer-python of
+# the pinned version, else that wheel, downloaded with its hash checked and without its dependencies
+# (no torch), of which include/ and spdlog/ are unpacked. Sets FLASHINFER_INCLUDE_DIRS, and
+# FLASHINFER_BUILT_WITH for the report.
 set(flashinfer_header "flashinfer/comm/trtllm_allreduce_fusion.cuh")
 set(FLASHINFER_SHA256 bfdc18b9e1e4d8d0730fe4343dc0e284cd0c160086de80f99888bc4867922d49)
 
