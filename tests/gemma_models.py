@@ -17,6 +17,7 @@ with warnings.catch_warnings():
     from gemma.gm.nn import _config as gemma3_config
     from gemma.gm.nn import _modules as gemma3_modules
     from gemma.gm.nn import _transformer as gemma3
+    from gemma.gm.nn.gemma3n import _gemma3n as gemma3n  # noqa: F401 (for test_gemma.py)
     from gemma.gm.nn.gemma4 import _config as gemma4_config
     from gemma.gm.nn.gemma4 import _modules as gemma4_modules
     from gemma.gm.nn.gemma4 import _transformer as gemma4

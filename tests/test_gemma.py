@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
-from gemma_models import ckpts, off
+from gemma_models import ckpts, gemma3n, off
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from runners import make_mesh
@@ -130,6 +130,8 @@ def test_checkpoint(mesh, tmp_path):
 def test_unknown_model(mesh):
     with pytest.raises(TypeError, match=r"official Gemma 2, 3 or 4 Transformer.*got builtins.dict"):
         tensor_parallel({}, mesh)
+    with pytest.raises(TypeError, match=r"official Gemma 2, 3 or 4 Transformer.*got .*Gemma3n_E2B"):
+        tensor_parallel(gemma3n.Gemma3n_E2B(), mesh)
     model = tensor_parallel(gemma_models.official("31B"), mesh)
     with pytest.raises(TypeError, match="tensor parallel already"):
         tensor_parallel(model, mesh)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from gemma.gm.nn import _modules as _gemma3_modules
 from gemma.gm.nn import _transformer as _gemma3
+from gemma.gm.nn.gemma3n import _transformer as _gemma3n
 from gemma.gm.nn.gemma4 import _transformer as _gemma4
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -33,7 +34,7 @@ from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
 
 # scale_offset of each family: Gemma 2 and 3 store w for a scale of 1 + w. _transformer.Transformer
-# is the base of both; Gemma 3n, whose blocks are built otherwise, is another class.
+# is the base of both, and of Gemma 3n, whose blocks are built otherwise.
 _SCALE_OFFSET = {_gemma3.Transformer: 1.0, _gemma4.Transformer: 0.0}
 
 # The axis of each block parameter that is split over the ranks: heads, hidden units or, at the
@@ -91,7 +92,7 @@ def tensor_parallel[Model: nn.Module](
         post-attention and post-FF norms (Gemma 1).
     """
     cls = type(model)
-    if not issubclass(cls, tuple(_SCALE_OFFSET)):
+    if not issubclass(cls, tuple(_SCALE_OFFSET)) or issubclass(cls, _gemma3n.Gemma3nTransformer):
         raise TypeError(
             "model must be an official Gemma 2, 3 or 4 Transformer (gm.nn.Gemma3_270M(), "
             f"gm.nn.Gemma4_31B(), ...), got {cls.__module__}.{cls.__qualname__}"
