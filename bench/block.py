@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import loopback
-from jax_gemma_arf.reference import Operands, post_ff_tail
+from jax_gemma_arf.reference import Operands, post_ff_tail, rmsnorm
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 QUICK_TOKENS = (4, 1024)
@@ -77,13 +77,6 @@ SPECS = {
     "w_out": P("tp", None),
     "w_down": P("tp", None),
 }
-
-
-def rmsnorm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """RMSNorm over the last axis, in float32, rounded to x.dtype."""
-    row = x.astype(jnp.float32)
-    row = row * jax.lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + 1e-6)
-    return (row * scale).astype(x.dtype)
 
 
 def feed_forward(x: jax.Array, p: Layer, project: Callable) -> jax.Array:
