@@ -162,8 +162,7 @@ class Epilogue {
  public:
   static constexpr int kCount = kVectorBytes / sizeof(T);
 
-  // How many scales the tail has, without those of next norms.
-  static constexpr int kOwnScales = kBranches == 1 ? 1 : 1 + kBranches;
+  static constexpr int kOwnScales = OwnScales(kBranches);
 
   // Reads what all rows share. `column` is this thread's first element of a row. `scales` is shared
   // memory for [kOwnScales + next_norms] rows of the block's elements: in registers they would

@@ -82,8 +82,7 @@ class Registry {
     for (const auto& [key, parts] : parts_) {
       for (const auto& part : parts->ranks) {
         const WorkspaceSpec& spec = part->spec();
-        reports.push_back({part->device(), part->rank(), spec.nranks,
-                           spec.algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot",
+        reports.push_back({part->device(), part->rank(), spec.nranks, Name(spec.algorithm),
                            spec.capacity, WorkspaceLayout(spec).total,
                            reinterpret_cast<uintptr_t>(part->base()), part->CheckGuards()});
       }
@@ -257,9 +256,8 @@ struct Arguments {
 };
 
 ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args, int64_t ranks) {
-  const int scales = call.branches == 1 ? 1 : 1 + call.branches;
-  const size_t expected =
-      call.branches + scales + call.has_residual + call.has_layer_scalar + call.next_norms;
+  const size_t expected = call.branches + OwnScales(call.branches) + call.has_residual +
+                          call.has_layer_scalar + call.next_norms;
   if (args.size() != expected) {
     return Invalid("expected " + std::to_string(expected) + " operands, got " +
                    std::to_string(args.size()));

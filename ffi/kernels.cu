@@ -236,7 +236,7 @@ RowShape ShapeOfRow(Dtype dtype, int hidden) {
 
 // Shared memory of a block: the scales of its norms (Epilogue).
 int SharedBytes(const KernelKind& kind, int threads, int next_norms) {
-  const int scales = (kind.branches == 1 ? 1 : 1 + kind.branches) + next_norms;
+  const int scales = OwnScales(kind.branches) + next_norms;
   return scales * threads * (kVectorBytes / ItemSize(kind.dtype)) * static_cast<int>(sizeof(float));
 }
 

@@ -16,6 +16,10 @@ __host__ __device__ constexpr int ItemSize(Dtype dtype) { return dtype == Dtype:
 // result to all.
 enum class Algorithm : int32_t { kOneShot = 0, kTwoShot = 1 };
 
+constexpr const char* Name(Algorithm algorithm) {
+  return algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot";
+}
+
 inline constexpr int kMaxRanks = 8;
 inline constexpr int kMaxBranches = 2;
 inline constexpr int kMaxNextNorms = 3;
@@ -27,6 +31,12 @@ struct KernelKind {
   int nranks;    // 2, 4 or 8
   int branches;  // partial sums per token: 1, or 2 (dense and experts)
 };
+
+// How many scales a tail has, without those of next norms: one for each branch if there are
+// several, and one for hidden.
+__host__ __device__ constexpr int OwnScales(int branches) {
+  return branches == 1 ? 1 : 1 + branches;
+}
 
 struct Operand {
   const void* data = nullptr;

@@ -97,11 +97,11 @@ bool CallShape::operator==(const CallShape& other) const {
 
 std::string CallShape::Describe() const {
   const char* const dtypes[] = {"float32", "bfloat16", "float16"};
-  return std::string(kind.algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot") + ", " +
-         std::to_string(kind.branches) + " x [" + std::to_string(tokens) + ", " +
-         std::to_string(hidden) + "] " + dtypes[static_cast<int>(kind.dtype)] + " over " +
-         std::to_string(kind.nranks) + " ranks, " + std::to_string(next_norms) +
-         " next norms, to " + dtypes[static_cast<int>(out_dtype)];
+  return std::string(Name(kind.algorithm)) + ", " + std::to_string(kind.branches) + " x [" +
+         std::to_string(tokens) + ", " + std::to_string(hidden) + "] " +
+         dtypes[static_cast<int>(kind.dtype)] + " over " + std::to_string(kind.nranks) +
+         " ranks, " + std::to_string(next_norms) + " next norms, to " +
+         dtypes[static_cast<int>(out_dtype)];
 }
 
 int64_t CapacityFor(const CallShape& call) {
