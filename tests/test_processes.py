@@ -85,14 +85,15 @@ def on_cpus(coordinator: str, index: int) -> None:
     data_tp = make_mesh((2, 2), ("data", "tp"), devices)
     assert processes.known(2) is None
     jga.initialize()
-    for shape in ((1, 640), (1, 1000)):
-        print(jga.fusion_support(shape, BF16, mesh=tp, axis_name="tp"))
-    for fact in processes.known(2):
-        print(fact)
+    results = [
+        *(jga.fusion_support(s, BF16, mesh=tp, axis_name="tp") for s in ((1, 640), (1, 1000))),
+        *processes.known(2),
+    ]
     # Processes that disagree would wait for each other here.
     check_over_mesh(tp, CASES[:2], None, exact_sum=False)
     check_over_mesh(data_tp, CASES[:1], None, exact_sum=False)
-    print("right")
+    # Marked, since threads of Gloo's write to stdout too, in pieces.
+    print(*(f"\nresult: {result}" for result in (*results, "right")), flush=True)
 
 
 def run_on_cpus(**second_environment):
@@ -103,7 +104,7 @@ def run_on_cpus(**second_environment):
         children.Child(on_cpus, address, 1, env=env | second_environment),
     ]
     outputs = [child.check().stdout for child in children.run_together(pair, seconds=100)]
-    return [re.sub(r"^\[Gloo\].*\n", "", text, flags=re.MULTILINE).splitlines() for text in outputs]
+    return [re.findall(r"^result: (.*?) *$", text, flags=re.MULTILINE) for text in outputs]
 
 
 def test_two_processes_on_cpus():
