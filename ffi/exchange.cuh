@@ -98,13 +98,15 @@ __device__ __noinline__ void Fail(uint64_t* failure, Failure what) {
   __trap();
 }
 
-// Waits until a slot, of which `w` is a first look, is full; empties it, and returns its words. The
-// clock is looked at only by those who have waited a thousand polls, so the bound is free.
+// Waits until the slots of a warp, of which `w` is a first look, are full; empties them, and
+// returns their words. A warp leaves the loop together: lanes that left it one by one would go on
+// apart. The clock is looked at only by those who have waited a thousand polls, so the bound is
+// free.
 template <int kWords>
 __device__ __forceinline__ Words<kWords> Receive(char* slot, Words<kWords> w, const Launch& launch,
                                                  int source) {
   uint64_t since = 0;
-  for (uint32_t polls = 1; HasEmpty(w); ++polls) {
+  for (uint32_t polls = 1; __any_sync(0xffffffffu, HasEmpty(w)); ++polls) {
     w = LoadRelaxed<kWords>(slot);
     if (polls % 1024 == 0 && launch.timeout_ns != 0) {
       const uint64_t now = Nanoseconds();
@@ -125,16 +127,16 @@ __device__ __forceinline__ Words<kWords> Receive(char* slot, Words<kWords> w, co
 // every source, twice. Two-shot: from every source its share of the rows that the rank owns, twice;
 // then the finished rows, once: a peer sends a row of the next call only after it has had this
 // rank's partial sums of that call.
+template <Algorithm kAlgorithm, int kRanks>
 struct SlotMap {
   int64_t generation;  // offset of the partial sums of this call
   int64_t source;      // bytes between two sources
   int64_t rows;        // two-shot: offset of the finished rows
 
-  __device__ __forceinline__ SlotMap(const Launch& launch, uint32_t call) {
-    const bool one_shot = launch.kind.algorithm == Algorithm::kOneShot;
-    source = launch.peers.capacity / (one_shot ? 1 : launch.kind.nranks);
-    const int64_t sources = source * launch.kind.nranks;
-    generation = call % 2 * sources;
+  __device__ __forceinline__ SlotMap(int64_t capacity, uint32_t counter) {
+    source = kAlgorithm == Algorithm::kOneShot ? capacity : capacity / kRanks;
+    const int64_t sources = source * kRanks;
+    generation = counter / kCounted % 2 * sources;
     rows = 2 * sources;
   }
 };

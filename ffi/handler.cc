@@ -256,8 +256,9 @@ struct Arguments {
 };
 
 ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args, int64_t ranks) {
-  const size_t expected = call.branches + OwnScales(call.branches) + call.has_residual +
-                          call.has_layer_scalar + call.next_norms;
+  const int own_scales = OwnScales(call.branches);
+  const size_t expected =
+      call.branches + own_scales + call.has_residual + call.has_layer_scalar + call.next_norms;
   if (args.size() != expected) {
     return Invalid("expected " + std::to_string(expected) + " operands, got " +
                    std::to_string(args.size()));
@@ -309,12 +310,8 @@ ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args,
     if (error.success() && sums.dtype != *dtype) error = Invalid("all x must have one type");
     parsed.x[b] = sums.data;
   }
-  if (call.branches > 1) {
-    for (int b = 0; b < call.branches; ++b) {
-      parsed.tail.branch_scale[b] = next("branch norm_scale", hidden);
-    }
-  }
-  parsed.tail.scale = next("norm_scale", hidden);
+  for (int n = 1; n < own_scales; ++n) parsed.tail.scales[n] = next("branch norm_scale", hidden);
+  parsed.tail.scales[0] = next("norm_scale", hidden);
   parsed.tail.out_dtype = *dtype;
   if (call.has_residual) {
     parsed.tail.residual = next("residual", parsed.elements());
@@ -322,12 +319,13 @@ ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args,
   }
   if (call.has_layer_scalar) parsed.tail.layer_scalar = next("layer_scalar", 1);
   for (int n = 0; n < call.next_norms; ++n) {
-    parsed.tail.next_scale[n] = next("next_norm_scale", hidden);
+    parsed.tail.scales[own_scales + n] = next("next_norm_scale", hidden);
   }
   if (error.failure()) return error;
   parsed.tail.next_norms = call.next_norms;
   parsed.tail.eps = call.eps;
   parsed.tail.scale_offset = call.scale_offset;
+  parsed.tail.inverse_hidden = 1.f / static_cast<float>(hidden);
   return parsed;
 }
 

@@ -27,28 +27,29 @@ struct Lane {
 
   __device__ __forceinline__ Lane() {
     auto cluster = cooperative_groups::this_cluster();
-    const int blocks = cluster.num_blocks();
     vector = cluster.block_rank() * blockDim.x + threadIdx.x;
-    vectors = blocks * blockDim.x;
+    vectors = cluster.num_blocks() * blockDim.x;
     column = vector * (kVectorBytes / sizeof(T));
-    first = blockIdx.x / blocks;
-    step = gridDim.x / blocks;
+    first = __clusterIdx().x;
+    step = __clusterGridDimInClusters().x;
   }
 };
 
 // This thread's 16 bytes of a row of partial sums.
 template <typename T>
-__device__ __forceinline__ Words<4> LoadX(const void* x, int64_t row, const Lane<T>& lane) {
-  return static_cast<const Words<4>*>(x)[row * lane.vectors + lane.vector];
+__device__ __forceinline__ const char* XOf(const void* x, int64_t row, const Lane<T>& lane) {
+  return static_cast<const char*>(x) + (row * lane.vectors + lane.vector) * kVectorBytes;
 }
 
-// The number of this call on its workspace. A call adds kCounted to the counter, all its blocks
-// together; a block that has not yet added its share finds the number by dividing.
-__device__ __forceinline__ uint32_t ReadCall(const Control* control) {
-  return *static_cast<const volatile uint32_t*>(&control->counter) / kCounted;
+// The counter of a workspace's calls, which SlotMap makes this call's number of. A call adds
+// kCounted to it, all its blocks together; a block that has not yet added its share gets the number
+// by dividing.
+__device__ __forceinline__ uint32_t ReadCounter(const Control* control) {
+  return *static_cast<const volatile uint32_t*>(&control->counter);
 }
 
-// After it, no thread of the block may read the number.
+// After it, no thread of the block may read the counter. Long before the end of a kernel, which
+// would wait for it.
 __device__ __forceinline__ void CountBlock(Control* control) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -57,13 +58,11 @@ __device__ __forceinline__ void CountBlock(Control* control) {
 }
 
 // Sums the ranks' shares of a row, in float32 in rank order, and rounds once to T. `slot` is where
-// source 0's share arrives in this rank's memory. kInFlight shares are on their way at a time: as
-// many as there are registers for.
+// source 0's share arrives in this rank's memory, `own` where this rank's is. kInFlight shares are
+// on their way at a time: as many as there are registers for.
 template <typename T, int kRanks, int kInFlight>
-__device__ __forceinline__ Packed<T, kVectorBytes / sizeof(T)> Reduce(const Launch& launch,
-                                                                      char* slot,
-                                                                      int64_t source_bytes,
-                                                                      const Words<4>& own) {
+__device__ __forceinline__ Words<4> Reduce(const Launch& launch, char* slot, int64_t source_bytes,
+                                           const char* own) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   float sum[kCount];
 #pragma unroll
@@ -73,33 +72,32 @@ __device__ __forceinline__ Packed<T, kVectorBytes / sizeof(T)> Reduce(const Laun
     Words<4> shares[kInFlight];
 #pragma unroll
     for (int s = 0; s < kInFlight; ++s) {
-      shares[s] = own;
-      if (begin + s != launch.rank) {
-        shares[s] = LoadRelaxed<4>(slot + (begin + s) * source_bytes);
-      }
+      const int r = begin + s;
+      shares[s] = LoadRelaxed<4>(r == launch.rank ? own : slot + r * source_bytes);
     }
 #pragma unroll
     for (int s = 0; s < kInFlight; ++s) {
       const int r = begin + s;
-      Packed<T, kCount> share;
-      share.words = shares[s];
-      if (r != launch.rank) share.words = Receive(slot + r * source_bytes, shares[s], launch, r);
+      if (r != launch.rank) shares[s] = Receive(slot + r * source_bytes, shares[s], launch, r);
+      float share[kCount];
+      Widen<T>(shares[s], share);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sum[i] += static_cast<float>(share.elements[i]);
+      for (int i = 0; i < kCount; ++i) sum[i] += share[i];
     }
   }
-  Packed<T, kCount> row;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) row.elements[i] = static_cast<T>(sum[i]);
-  return row;
+  return Round<T>(sum);
 }
 
 template <typename T, int kRanks, int kBranches>
 __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
-  extern __shared__ float4 scales[];
+  extern __shared__ Words<4> shared[];
   const Lane<T> lane;
-  const SlotMap map(launch, ReadCall(launch.peers.control));
+  Words<4> own[kBranches];
+#pragma unroll
+  for (int b = 0; b < kBranches; ++b) own[b] = LoadRelaxed<4>(XOf(launch.x[b], lane.first, lane));
+  const SlotMap<Algorithm::kOneShot, kRanks> map(launch.peers.capacity,
+                                                 ReadCounter(launch.peers.control));
   const auto slot = [&](int owner, int source, int branch, int token) {
     const int64_t row = int64_t{branch} * launch.tokens + token;
     return launch.peers.slots[owner] + map.generation + source * map.source +
@@ -107,26 +105,28 @@ __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
   };
 
   for (int token = lane.first; token < launch.tokens; token += lane.step) {
-#pragma unroll 1
+#pragma unroll
     for (int b = 0; b < kBranches; ++b) {
-      const Words<4> own = LoadX(launch.x[b], token, lane);
+      if (token != lane.first) own[b] = LoadRelaxed<4>(XOf(launch.x[b], token, lane));
 #pragma unroll 1
       for (int r = 0; r < kRanks; ++r) {
-        if (r != launch.rank) Push(slot(r, launch.rank, b, token), own);
+        if (r != launch.rank) Push(slot(r, launch.rank, b, token), own[b]);
       }
     }
   }
+  // What the epilogue reads comes while the partial sums travel.
+  Epilogue<T, kBranches> epilogue(launch.tail, lane.column, shared);
+  epilogue.Prefetch(int64_t{lane.first} * launch.hidden + lane.column);
+  epilogue.Await();
   CountBlock(launch.peers.control);
-
-  Epilogue<T, kBranches> epilogue(launch.tail, launch.hidden, lane.column, scales);
   for (int token = lane.first; token < launch.tokens; token += lane.step) {
     const int64_t index = int64_t{token} * launch.hidden + lane.column;
-    epilogue.Prefetch(index);
-    Packed<T, kCount> rows[kBranches];
+    if (token != lane.first) epilogue.Prefetch(index);
+    Words<4> rows[kBranches];
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
       rows[b] = Reduce<T, kRanks, kBranches == 1 ? std::min(kRanks, 4) : 2>(
-          launch, slot(launch.rank, 0, b, token), map.source, LoadX(launch.x[b], token, lane));
+          launch, slot(launch.rank, 0, b, token), map.source, XOf(launch.x[b], token, lane));
     }
     float hidden[kCount];
     epilogue.Hidden(rows, hidden);
@@ -141,10 +141,11 @@ __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
 template <typename T, int kRanks, int kBranches>
 __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
-  extern __shared__ float4 scales[];
+  extern __shared__ Words<4> shared[];
   const Lane<T> lane;
-  const SlotMap map(launch, ReadCall(launch.peers.control));
-  CountBlock(launch.peers.control);
+  const uint32_t counter = ReadCounter(launch.peers.control);
+  Epilogue<T, kBranches> epilogue(launch.tail, lane.column, shared);
+  const SlotMap<Algorithm::kTwoShot, kRanks> map(launch.peers.capacity, counter);
   const int groups = (launch.tokens + kRanks - 1) / kRanks;
   const auto share_slot = [&](int owner, int source, int branch, int group) {
     const int64_t row = int64_t{branch} * groups + group;
@@ -162,23 +163,21 @@ __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
       if (r == launch.rank || token >= launch.tokens) continue;
 #pragma unroll 1
       for (int b = 0; b < kBranches; ++b) {
-        Push(share_slot(r, launch.rank, b, group), LoadX(launch.x[b], token, lane));
+        Push(share_slot(r, launch.rank, b, group), LoadRelaxed<4>(XOf(launch.x[b], token, lane)));
       }
     }
   };
 
-  Epilogue<T, kBranches> epilogue(launch.tail, launch.hidden, lane.column, scales);
   const auto compute = [&](int group) {
     const int token = group * kRanks + launch.rank;
     if (token >= launch.tokens) return;
     const int64_t index = int64_t{token} * launch.hidden + lane.column;
     epilogue.Prefetch(index);
-    Packed<T, kCount> rows[kBranches];
+    Words<4> rows[kBranches];
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
       rows[b] = Reduce<T, kRanks, kBranches == 1 ? std::min(kRanks, 4) : 1>(
-          launch, share_slot(launch.rank, 0, b, group), map.source,
-          LoadX(launch.x[b], token, lane));
+          launch, share_slot(launch.rank, 0, b, group), map.source, XOf(launch.x[b], token, lane));
     }
     float hidden[kCount];
     epilogue.Hidden(rows, hidden);
@@ -199,23 +198,23 @@ __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
       float hidden[kCount];
       VisitDtype(launch.tail.out_dtype, [&](auto zero) {
         using S = decltype(zero);
-        using Row = Packed<S, kCount>;
+        constexpr int kWords = kWordsOf<S, kCount>;
         char* const slot = row_slot(launch.rank, index);
-        Row row;
-        row.words = Receive(slot, LoadRelaxed<Row::kWords>(slot), launch, r);
-        *reinterpret_cast<Words<Row::kWords>*>(static_cast<S*>(launch.tail.hidden) + index) =
-            row.words;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) hidden[i] = static_cast<float>(row.elements[i]);
+        const auto row = Receive(slot, LoadRelaxed<kWords>(slot), launch, r);
+        *reinterpret_cast<Words<kWords>*>(static_cast<S*>(launch.tail.hidden) + index) = row;
+        Widen<S>(row, hidden);
       });
       epilogue.NextNorms(hidden, index);
     }
   };
 
-  for (int group = lane.first; group < groups + 2 * lane.step; group += lane.step) {
-    const int computed = group - lane.step, collected = computed - lane.step;
-    if (group < groups) send(group);
-    if (computed >= 0 && computed < groups) compute(computed);
+  send(lane.first);
+  epilogue.Await();
+  CountBlock(launch.peers.control);
+  for (int group = lane.first; group < groups + lane.step; group += lane.step) {
+    const int sent = group + lane.step, collected = group - lane.step;
+    if (sent < groups) send(sent);
+    if (group < groups) compute(group);
     if (collected >= 0) collect(collected);
   }
 }

@@ -51,20 +51,20 @@ struct Operand {
 // With two, the sum of rmsnorm(row[i]) * branch_scale[i] takes the place of row. To every scale
 // scale_offset is added; no residual is 0, no layer_scalar is 1.
 struct Tail {
-  Operand branch_scale[kMaxBranches];  // [hidden] each; only with two branches
-  Operand scale;                       // [hidden]
-  Operand residual;                    // [tokens, hidden], or data == nullptr
-  Operand layer_scalar;                // one element, or data == nullptr
-  Operand next_scale[kMaxNextNorms];   // [hidden] each
+  // [hidden] each: scale; with two branches then branch_scale; then next_scale.
+  Operand scales[1 + kMaxBranches + kMaxNextNorms];
+  Operand residual;      // [tokens, hidden], or data == nullptr
+  Operand layer_scalar;  // one element, or data == nullptr
   int next_norms;
   Dtype out_dtype;
   void* hidden;                 // [tokens, hidden]
   void* normed[kMaxNextNorms];  // [tokens, hidden] each
   float eps;
   float scale_offset;
+  float inverse_hidden;  // 1 / hidden: no kernel should divide
 };
 
-// Device memory of one rank that tells one call on a workspace from the next: see ReadCall. The
+// Device memory of one rank that tells one call on a workspace from the next: see ReadCounter. The
 // counter runs over after an even number of calls, and no grid has kCounted blocks.
 struct Control {
   uint32_t counter;
