@@ -65,5 +65,5 @@ def gpu_mesh(devices) -> jax.sharding.Mesh:
 
 def same_bits(one, other) -> None:
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        a, b = np.atleast_1d(a, b)
-        np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
+        bits = [array.view(np.uint8) for array in np.atleast_1d(a, b)]
+        np.testing.assert_array_equal(*bits)
