@@ -152,7 +152,7 @@ def test_matmuls_around_the_tails(where, options):
         for pair in zip(first, reference(layers, state)):
             # Autotuning may choose another matmul, whose sums are rounded to another bfloat16.
             got, want = (np.asarray(a).astype(np.float32) for a in pair)
-            np.testing.assert_allclose(got, want, rtol=2**-6, atol=2**-4)
+            np.testing.assert_allclose(got, want, rtol=2**-5, atol=2**-3)
         same_bits(first.normed[0], first.normed[-1])
         firsts.append(first)
     order = np.random.default_rng(0).integers(len(states), size=100)
