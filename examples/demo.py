@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_gemma_arf import Support, fused_post_ff, fusion_support
+from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AXIS_SIZES
 
 BATCH = 4
@@ -135,13 +136,6 @@ def init_arguments(sizes: Sizes) -> tuple[Arrays, Arrays, jax.Array, jax.Array |
     return init_params(keys[0], sizes), cache, inputs, per_layer_inputs
 
 
-def rmsnorm(x: jax.Array, scale: jax.Array | float = 1.0) -> jax.Array:
-    """RMSNorm over the last axis, in float32, rounded to x.dtype."""
-    row = x.astype(jnp.float32)
-    row = row * jax.lax.rsqrt(jnp.mean(row * row, axis=-1, keepdims=True) + 1e-6)
-    return (row * scale).astype(x.dtype)
-
-
 def attention(x: jax.Array, p: Arrays, cache: Arrays, step: jax.Array) -> tuple[jax.Array, Arrays]:
     """This rank's heads for one more token, [B, heads * head_dim], and the cache with that token.
 
@@ -151,7 +145,7 @@ def attention(x: jax.Array, p: Arrays, cache: Arrays, step: jax.Array) -> tuple[
     q, k, v = ((x @ p[name]).reshape(batch, -1, head_dim) for name in ("w_q", "w_k", "w_v"))
     q = rmsnorm(q, p["q_norm"]).reshape(batch, kv_heads, -1, head_dim)
     keys = cache["k"].at[:, step].set(rmsnorm(k, p["k_norm"]))
-    values = cache["v"].at[:, step].set(rmsnorm(v))
+    values = cache["v"].at[:, step].set(rmsnorm(v, jnp.ones(head_dim)))
     scores = jnp.einsum("bgqd,btgd->bgqt", q, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(jnp.arange(steps) <= step, scores, -jnp.inf))
     attended = jnp.einsum("bgqt,btgd->bgqd", weights.astype(x.dtype), values)

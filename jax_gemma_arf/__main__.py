@@ -46,8 +46,7 @@ def print_devices() -> None:
         capability = getattr(device, "compute_capability", None)
         suffix = f", compute capability {capability}" if capability else ""
         print(f"  {device}: {device.device_kind}{suffix}, process {device.process_index}")
-    built = extension.load()
-    peers = built.nvlink_peers() if built is not None else []
+    peers = extension.nvlink_peers()
     if len(peers) > 1:
         print("NVLink peer access (row reaches column):")
         for row in peers:

@@ -1,5 +1,7 @@
 """What jax_gemma_arf.linen and jax_gemma_arf.nnx compute, as functions of arrays."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -38,9 +40,21 @@ def tail(
     norm_scale: jax.Array,
     layer_scalar: jax.Array | None = None,
     next_norm_scale: jax.Array | None = None,
-    **options,
+    **options: Any,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """fused_post_ff, or with next_norm_scale fused_sandwich; options are theirs."""
+    """The end of a half of a block: fused_post_ff, or fused_sandwich where a next norm is given.
+
+    Args:
+      partial_sums: [..., D], this rank's, of the half's last projection.
+      h: [..., D], the residual stream, replicated over axis_name.
+      norm_scale: [D], of the half's post-norm.
+      layer_scalar: () or (1,), or None for 1.
+      next_norm_scale: [D], of the norm that reads the result, or None.
+      **options: the keyword arguments of fused_post_ff, of which axis_name must be given.
+
+    Returns:
+      The new residual stream, or with next_norm_scale that and its norm: [..., D] each, h.dtype.
+    """
     if next_norm_scale is None:
         return fused_post_ff(partial_sums, h, norm_scale, layer_scalar, **options)
     return fused_sandwich(
@@ -57,6 +71,7 @@ def local_size(hidden_dim: int, axis_name: AxisName) -> int:
     ranks = jax.lax.axis_size(axis_name)
     if hidden_dim % ranks:
         raise ValueError(
-            f"hidden_dim must be divisible by the {ranks} ranks of {axis_name!r}, got {hidden_dim}"
+            f"hidden_dim must be divisible by the {ranks} ranks of {axis_name!r}, got "
+            f"{hidden_dim}; shard over fewer, or pad the hidden units with zeros"
         )
     return hidden_dim // ranks

@@ -44,6 +44,16 @@ def why_missing() -> str | None:
     return None if _ffi is not None else _why_missing
 
 
+@functools.cache
+def nvlink_peers() -> list[list[bool]]:
+    """[i][j]: whether the i-th GPU that this process sees reaches the j-th over NVLink.
+
+    The driver is asked once. Empty without the extension.
+    """
+    built = load()
+    return [] if built is None else built.nvlink_peers()
+
+
 def set_peer_timeout(seconds: float | None) -> None:
     """Sets how long a kernel waits for a rank of its replica group before it gives up.
 

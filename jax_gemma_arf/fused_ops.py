@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,42 @@ def fused_all_reduce_norm(
     operands = _operands((x,), (norm_scale,))
     (normed,) = _fused(operands, axis_name, eps, scale_offset, implementation)
     return normed
+
+
+@overload
+def fused_moe_tail(
+    dense: jax.Array,
+    experts: jax.Array,
+    residual: jax.Array,
+    dense_norm_scale: jax.Array,
+    expert_norm_scale: jax.Array,
+    norm_scale: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
+    next_norm_scale: None = None,
+    axis_name: AxisName,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def fused_moe_tail[NormScales: (jax.Array, tuple[jax.Array, ...])](
+    dense: jax.Array,
+    experts: jax.Array,
+    residual: jax.Array,
+    dense_norm_scale: jax.Array,
+    expert_norm_scale: jax.Array,
+    norm_scale: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
+    next_norm_scale: NormScales,
+    axis_name: AxisName,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, NormScales]: ...
 
 
 def fused_moe_tail(

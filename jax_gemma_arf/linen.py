@@ -79,7 +79,9 @@ class FeedForward(nn.Module):
         return specs | ({"skip_scale": P()} if self.layer_scalar else {})
 
     @nn.compact
-    def __call__(self, h: jax.Array, next_norm_scale: jax.Array | None = None):
+    def __call__(
+        self, h: jax.Array, next_norm_scale: jax.Array | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """The residual stream [..., D] to the block's output.
 
         With next_norm_scale [D], the norm that reads that output, to (output, output normed).

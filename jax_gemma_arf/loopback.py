@@ -51,15 +51,17 @@ def loopback_tail(
       hidden and the next norms, [N, ..., D] each, of operands.dtype: what each rank computed.
 
     Raises:
-      ValueError, TypeError: if N is not 2, 4 or 8, or as the fused operations.
+      ValueError, TypeError: if N is not 2, 4 or 8, if local_ranks, axis_size and rendezvous do not
+        fit, or as the fused operations.
       NotImplementedError: if the extension was not built.
     """
     if extension.load() is None:
         raise NotImplementedError(f"loopback needs the extension: {extension.why_missing()}")
     shapes = [part.shape for part in operands.partial_sums]
     shape = shapes[0]
+    _check_processes(local_ranks, axis_size, rendezvous)
     ranks = axis_size or (shape[0] if shape else 0)
-    held = range(ranks) if local_ranks is None else local_ranks
+    held = local_ranks or range(ranks)
     if (
         len(shape) < 2
         or ranks not in AXIS_SIZES
@@ -86,6 +88,26 @@ def loopback_tail(
     results = (result,) * (1 + len(operands.next_norm_scales))
     call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, results)
     return tuple(call(*jax.tree.leaves(operands), **attributes))
+
+
+def _check_processes(
+    local_ranks: tuple[int, ...] | None, axis_size: int | None, rendezvous: str
+) -> None:
+    """What says which ranks other processes hold."""
+    if local_ranks is None and axis_size is None and not rendezvous:
+        return
+    got = f"local_ranks={local_ranks}, axis_size={axis_size}, rendezvous={rendezvous!r}"
+    if local_ranks is None or axis_size is None or not rendezvous:
+        raise ValueError(
+            "local_ranks, axis_size and rendezvous must be given together, where other processes "
+            f"hold ranks, or not at all; got {got}"
+        )
+    if axis_size not in AXIS_SIZES:
+        raise ValueError(f"axis_size must be 2, 4 or 8, the ranks of all processes; got {got}")
+    if not local_ranks or list(local_ranks) != sorted({*local_ranks} & {*range(axis_size)}):
+        raise ValueError(
+            f"local_ranks must be ranks from 0 to {axis_size - 1}, each once and rising; got {got}"
+        )
 
 
 def loopback_post_ff(

@@ -47,6 +47,7 @@ class MLP(nnx.Module):
         shape = (hidden_dim, features)
         self.gating_einsum = nnx.Param(normal(rngs.params(), (2, *shape), dtype))
         self.linear = nnx.Param(normal(rngs.params(), shape, dtype))
+        self.hidden_dim = hidden_dim
         self.axis_name = axis_name
         self.skip_all_reduce = skip_all_reduce
 
@@ -56,6 +57,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., D]."""
+        size = blocks.local_size(self.hidden_dim, self.axis_name)
+        if self.linear.shape[0] != size:
+            raise ValueError(
+                f"the parameters must hold this rank's {size} of {self.hidden_dim} hidden units, "
+                f"got {self.linear.shape[0]}; shard them as param_specs says"
+            )
         return blocks.mlp(
             x,
             self.gating_einsum[...],
@@ -114,7 +121,9 @@ class FeedForward(nnx.Module):
         """How each parameter is sharded, in the structure of this module's state."""
         return _specs(self)
 
-    def __call__(self, h: jax.Array, next_norm_scale: jax.Array | None = None):
+    def __call__(
+        self, h: jax.Array, next_norm_scale: jax.Array | None = None
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """The residual stream [..., D] to the block's output.
 
         With next_norm_scale [D], the norm that reads that output, to (output, output normed).

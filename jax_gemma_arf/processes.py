@@ -6,6 +6,7 @@ of them, and everybody decides from all of it.
 """
 
 import dataclasses
+import functools
 import os
 import platform
 import zlib
@@ -64,12 +65,11 @@ def disabled() -> bool:
 
 def own_facts() -> ProcessFacts:
     """Those of this process."""
-    built = extension.load()
-    peers = built.nvlink_peers() if built is not None else []
+    peers = extension.nvlink_peers()
     return ProcessFacts(
         host=_checksum(_boot_id()),
         version=_checksum(__version__),
-        built=built is not None,
+        built=extension.load() is not None,
         nvlinked=bool(peers) and all(all(row) for row in peers),
         visible_gpus=len(peers),
         disabled=_disabled_here(),
@@ -80,6 +80,7 @@ def _disabled_here() -> bool:
     return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 
+@functools.cache
 def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()

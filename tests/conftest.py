@@ -4,6 +4,7 @@ import os
 
 import jax
 import pytest
+from places import Place, gpu_mesh
 from runners import make_mesh
 
 import jax_gemma_arf
@@ -35,6 +36,15 @@ def require_gpus():
         return found[:count]
 
     return require
+
+
+@pytest.fixture(params=["loopback_2", "loopback_4", "multi_gpu_2", "multi_gpu_4"])
+def where(request, built, require_gpus):
+    kind, ranks = request.param.rsplit("_", 1)
+    if kind == "multi_gpu":
+        return Place(int(ranks), gpu_mesh(require_gpus(int(ranks))))
+    require_gpus(1)
+    return Place(int(ranks))
 
 
 @pytest.fixture

@@ -4,10 +4,15 @@ import contextlib
 import ctypes
 
 MIB = 1 << 20
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+def _status(name: str, *arguments) -> int:
+    return getattr(ctypes.CDLL("libcuda.so.1"), name)(*arguments)
 
 
 def _call(name: str, *arguments) -> None:
-    status = getattr(ctypes.CDLL("libcuda.so.1"), name)(*arguments)
+    status = _status(name, *arguments)
     assert status == 0, f"{name} returned {status}"
 
 
@@ -32,15 +37,33 @@ def free_bytes(device: int) -> int:
     return free.value
 
 
+def _allocate(device: int, size: int) -> int | None:
+    """A block of so many bytes, or None if there is none."""
+    block = ctypes.c_uint64()
+    with _context_of(device):
+        status = _status("cuMemAlloc_v2", ctypes.byref(block), ctypes.c_size_t(size))
+    assert status in (0, OUT_OF_MEMORY), f"cuMemAlloc returned {status}"
+    return block.value if status == 0 else None
+
+
 def fill(device: int, leave: int) -> list[int]:
     """Allocates all but about so many bytes. Returns what release takes."""
     blocks = []
     for size in (1024 * MIB, 64 * MIB, 2 * MIB):
         while free_bytes(device) >= leave + size:
-            block = ctypes.c_uint64()
-            with _context_of(device):
-                _call("cuMemAlloc_v2", ctypes.byref(block), ctypes.c_size_t(size))
-            blocks.append(block.value)
+            block = _allocate(device, size)
+            if block is None:  # what is free is in pieces
+                break
+            blocks.append(block)
+    return blocks
+
+
+def fill_up(device: int) -> list[int]:
+    """Allocates until there is not even memory for a small buffer. Returns what release takes."""
+    blocks = fill(device, 0)
+    for size in (64 << 10, 4 << 10, 512):
+        while (block := _allocate(device, size)) is not None:
+            blocks.append(block)
     return blocks
 
 

@@ -1,34 +1,67 @@
-"""A small selection of loopback calls, to run under compute-sanitizer:
+"""A small selection of loopback calls, a few seconds' worth, to run under compute-sanitizer:
 
-compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
-compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py
-compute-sanitizer --tool initcheck --error-exitcode 1 python tests/sanitize.py
+for tool in memcheck racecheck initcheck synccheck; do
+  compute-sanitizer --tool $tool --error-exitcode 1 --kernel-name kns=FusedTail \\
+    python tests/sanitize.py
+done
+
+The ranks' kernels wait for each other, so they must run at the same time, as by default; with
+--force-blocking-launches the first of them ends after the peer timeout.
 """
 
-from cases import BF16, F16, F32, Case, assert_matches, make_inputs
-from runners import run_loopback
+import functools
+import os
+import time
 
-# A partial warp (640), several warps, and a cluster of two blocks (5376 in float32); more tokens
-# than blocks, so that blocks loop.
-CASES = (Case((5,), 640), Case((20,), 2816), Case((9,), 5376, F32), Case((3,), 640, BF16, F32))
-CASES += (
-    Case((9,), 2816, op="sandwich", next_norms=3),
-    Case((9,), 2816, op="all_reduce_norm"),
-    Case((9,), 2816, op="moe_tail", next_norms=1),
-    # Results wider than the partial sums, which two-shot's rows must have room for.
+# Tools that keep a record of every byte on the device would keep it of JAX's whole pool.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import F16, F32, Case, assert_matches, make_inputs
+
+import jax_gemma_arf as jga
+from jax_gemma_arf.loopback import loopback_tail
+from jax_gemma_arf.reference import Operands
+
+MAX_CTAS = 8
+CASES = (
+    # A partial warp, and fewer rows than blocks.
+    Case((3,), 640),
+    # Blocks that walk over several rows, also of two-shot with 4 ranks; all next norms.
+    Case((4 * MAX_CTAS + 5,), 640, op="sandwich", next_norms=3),
+    Case((4 * MAX_CTAS + 5,), 2816, op="moe_tail", next_norms=1),
+    # Clusters of two blocks, which walk too.
+    Case((2 * MAX_CTAS + 1,), 5376, F32, op="sandwich", next_norms=1),
+    Case((2 * MAX_CTAS + 1,), 5376, F32, op="moe_tail"),
+    # Without a residual; and results wider than the partial sums, for which two-shot's rows must
+    # have room.
+    Case((9,), 1152, op="all_reduce_norm"),
     Case((9,), 640, F16, residual_dtype=F32, op="sandwich", next_norms=1),
 )
 
 
+def check(case: Case, ranks: int, algorithm: str) -> None:
+    inputs = make_inputs(case, ranks)
+    operands = jax.tree.map(jnp.asarray, Operands(*inputs))
+    call = jax.jit(functools.partial(loopback_tail, algorithm=algorithm, max_ctas=MAX_CTAS))
+    for _ in range(3):  # both generations of slots, and the first again
+        outputs = [np.asarray(out) for out in call(operands)]
+        for rank in range(ranks):
+            assert_matches(case, inputs, [out[rank] for out in outputs], exact_sum=True)
+
+
 def main() -> None:
+    jga.set_peer_timeout(60)  # much longer than a checked kernel takes
+    start = time.monotonic()
     for ranks in (2, 4):
         for algorithm in ("one_shot", "two_shot"):
             for case in CASES:
-                inputs = make_inputs(case, ranks)
-                for _ in range(3):  # both generations of slots, and the first again
-                    outputs = run_loopback(case, inputs, algorithm=algorithm, max_ctas=8)
-                assert_matches(case, inputs, [out[0] for out in outputs], exact_sum=True)
-                print(f"{ranks} ranks, {algorithm}, {case}: right", flush=True)
+                check(case, ranks, algorithm)
+                seconds = time.monotonic() - start
+                print(f"{seconds:5.1f} s: {ranks} ranks, {algorithm}, {case}: right", flush=True)
+    assert {part["damage"] for part in jga.workspaces()} == {""}
 
 
 if __name__ == "__main__":

@@ -508,3 +508,31 @@ def test_loopback_rejects(built):
     sums, scale = (jnp.ones((2, 4, 640)), jnp.ones((4, 4, 640))), jnp.ones(640)
     with pytest.raises(ValueError, match=r"got the shapes \(2, 4, 640\), \(4, 4, 640\)"):
         loopback_tail(Operands(sums, (scale,) * 3, jnp.ones((4, 640))))
+
+
+TOGETHER = r"local_ranks, axis_size and rendezvous must be given together.*got local_ranks="
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_ranks": (0, 1)}, TOGETHER),
+        ({"axis_size": 2}, TOGETHER),
+        ({"rendezvous": "directory"}, TOGETHER),
+        ({"local_ranks": (0, 1), "axis_size": 4}, TOGETHER),
+        ({"axis_size": 3}, "axis_size must be 2, 4 or 8.*got .*axis_size=3"),
+        ({"axis_size": 0}, "axis_size must be 2, 4 or 8"),
+        ({"local_ranks": (2, 4)}, "local_ranks must be ranks from 0 to 3.*got local_ranks=\\(2, 4"),
+        ({"local_ranks": (-1, 0)}, "local_ranks must be ranks from 0 to 3"),
+        ({"local_ranks": (1, 0)}, "local_ranks must be ranks.*rising"),
+        ({"local_ranks": (1, 1)}, "local_ranks must be ranks.*each once"),
+        ({"local_ranks": ()}, "local_ranks must be ranks from 0 to 3"),
+        ({"local_ranks": (0,)}, r"must be \[1, \.\.\., D\] each.*got the shapes \(2, 4, 640\)"),
+    ],
+)
+def test_loopback_rejects_processes(built, options, message):
+    """At trace time, before a rank waits for others in vain."""
+    if TOGETHER not in message:
+        options = {"local_ranks": (0, 1), "axis_size": 4, "rendezvous": "directory"} | options
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(functools.partial(loopback_post_ff, **options), spec(2, 4, 640), ROW, SCALE)

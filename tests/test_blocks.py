@@ -129,11 +129,16 @@ def test_names_are_the_official_ones():
     assert (pure["pre_ffw_norm"]["scale"] == 1).all()
 
 
-def test_indivisible_hidden_units(cpus):
+@both
+def test_indivisible_hidden_units(make, cpus):
     mesh = make_mesh((3,), ("tp",), cpus[:3])
-    module = linen.MLP(HIDDEN, "tp")
-    call = jax.shard_map(
-        lambda x: module.apply({"params": {}}, x), mesh=mesh, in_specs=P(), out_specs=P()
-    )
+    call, _ = make("MLP")
     with pytest.raises(ValueError, match=r"hidden_dim must be divisible by the 3 ranks.*got 64"):
-        call(jnp.zeros((3, FEATURES)))
+        run(mesh, call, P(), weights(0)["mlp"], np.zeros((3, FEATURES), np.float32))
+
+
+def test_parameters_of_all_ranks(mesh):
+    """Each rank would reduce the whole MLP."""
+    call, _ = make_nnx("MLP")
+    with pytest.raises(ValueError, match="this rank's 32 of 64 hidden units, got 64; shard them"):
+        run(mesh, call, P(), weights(0)["mlp"], np.zeros((3, FEATURES), np.float32))

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable
 
 import children
 import jax
@@ -14,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import F32, Case, Inputs, assert_matches, make_inputs
-from jax.sharding import PartitionSpec as P
-from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
+from places import GRAPHS, NO_GRAPHS, Place, gpu_mesh, same_bits
+from runners import make_mesh
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import lowering
-from jax_gemma_arf.loopback import loopback_tail
-from jax_gemma_arf.reference import Operands
 
 NO_LOCK = contextlib.nullcontext()
 STEPS = 6
@@ -32,62 +29,6 @@ CUSTOM_CALLS = [
     jax.export.DisabledSafetyCheck.custom_call(target)
     for target in (lowering.MESH_TARGET, lowering.LOOPBACK_TARGET)
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where calls run: a mesh of GPUs, or None for loopback with so many ranks."""
-
-    ranks: int
-    mesh: jax.sharding.Mesh | None = None
-
-    def inputs(self, case: Case) -> Inputs:
-        inputs = make_inputs(case, self.ranks)
-        if self.mesh is None:
-            return jax.tree.map(jnp.asarray, inputs)
-        return place(self.mesh, inputs, in_specs(case))
-
-    def step(self, case: Case, inputs: Inputs) -> Inputs:
-        """One call: hidden is the next step's residual. To be used in `program`."""
-        if self.mesh is None:
-            return inputs._replace(residual=loopback_tail(Operands(*inputs))[0][-1])
-        hidden, *_ = call_op(case, inputs, axis_name="tp", implementation="cuda")
-        return inputs._replace(residual=hidden)
-
-    def program(self, case: Case, body: Callable[[Inputs], Inputs]) -> Callable:
-        """From inputs to the residual after body."""
-        if self.mesh is None:
-            return lambda inputs: body(inputs).residual
-        return jax.shard_map(
-            lambda inputs: body(one_rank(inputs)).residual,
-            mesh=self.mesh,
-            in_specs=(in_specs(case),),
-            out_specs=P(),
-        )
-
-    def call(self, case: Case) -> Callable:
-        """One call: from inputs to what every rank holds of hidden and the next norms."""
-        if self.mesh is None:
-            return lambda inputs: loopback_tail(Operands(*inputs))
-        return mesh_call(case, self.mesh, implementation="cuda", out_specs=P("tp"), every_rank=True)
-
-
-def gpu_mesh(devices) -> jax.sharding.Mesh:
-    return make_mesh((len(devices),), ("tp",), devices)
-
-
-@pytest.fixture(params=["loopback_2", "loopback_4", "multi_gpu_2", "multi_gpu_4"])
-def where(request, built, require_gpus):
-    kind, ranks = request.param.rsplit("_", 1)
-    if kind == "multi_gpu":
-        return Place(int(ranks), gpu_mesh(require_gpus(int(ranks))))
-    require_gpus(1)
-    return Place(int(ranks))
-
-
-def same_bits(one, other) -> None:
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
 def unrolled(step, inputs):
@@ -132,21 +73,16 @@ def donated(function, _):
     return copy_and_call
 
 
-# As many calls to a CUDA graph as can be, also where nothing else stands between them.
-GRAPHS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUSTOM_CALL",
-    "xla_gpu_graph_min_graph_size": "1",
-}
 PROGRAMS = {
     "jit": (unrolled, jitted()),
-    "no_graphs": (unrolled, jitted(xla_gpu_enable_command_buffer="")),
+    "no_graphs": (unrolled, jitted(**NO_GRAPHS)),
     "graphs": (unrolled, jitted(**GRAPHS)),
     "latency_hiding": (unrolled, jitted(xla_gpu_enable_latency_hiding_scheduler=True)),
     "aot": (unrolled, ahead_of_time),
     "export": (unrolled, exported),
     "donated": (unrolled, donated),
     "scan": (scanned, jitted()),
-    "scan_no_graphs": (scanned, jitted(xla_gpu_enable_command_buffer="")),
+    "scan_no_graphs": (scanned, jitted(**NO_GRAPHS)),
     "while": (while_looped, jitted()),
 }
 
@@ -166,6 +102,44 @@ def test_programs(where, name):
     call = prepare(where.program(DECODE, functools.partial(body, step)), inputs)
     for _ in range(4):
         same_bits(call(inputs), want.residual)
+
+
+def addresses(array: jax.Array) -> tuple[int, ...]:
+    """Of an array's part on each device."""
+    return tuple(shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards)
+
+
+@pytest.mark.parametrize("options", [{}, GRAPHS], ids=["jit", "graphs"])
+def test_moving_buffers(where, options):
+    """Hazards 13 and 28: a decode loop whose residual is donated, with all of its buffers somewhere
+    else every few runs. What lies where they were is other data, and is kept: a graph that still
+    read there would compute something else, one that still wrote there would spoil it."""
+    step = functools.partial(where.step, DECODE)
+    program = where.program(DECODE, functools.partial(unrolled, step))
+
+    def decode(residual, inputs):
+        return program(inputs._replace(residual=residual))
+
+    in_place = jax.jit(decode, donate_argnums=0, compiler_options=options)
+    eager = jax.jit(decode, compiler_options=NO_GRAPHS)
+    runs, kept = 3, []
+    start = where.inputs(DECODE).residual
+    got = want = start
+    for seed in range(8):
+        inputs = where.inputs(dataclasses.replace(DECODE, seed=seed))
+        got = jnp.copy(got)  # that before is the result of the last runs, and stays
+        where_it_is = addresses(got)
+        for _ in range(runs):
+            donated, got = got, in_place(got, inputs)
+            want = eager(want, inputs)
+            assert donated.is_deleted()
+            assert addresses(got) == where_it_is
+        kept.append((inputs, got, want))
+    for array_of_each in zip(*(jax.tree.leaves((inputs, got)) for inputs, got, _ in kept)):
+        assert len(set(map(addresses, array_of_each))) == len(kept)
+    for seed, (inputs, got, want) in enumerate(kept):
+        same_bits(got, want)
+        same_bits(inputs, where.inputs(dataclasses.replace(DECODE, seed=seed)))
 
 
 def in_turn(programs, rounds: int, seed: int = 0, dispatch=NO_LOCK) -> None:

@@ -2,7 +2,9 @@
 where nobody should write. Each in a process of its own, since most of it takes the GPU along."""
 
 import dataclasses
+import functools
 import re
+import time
 
 import children
 import device_memory
@@ -142,6 +144,50 @@ def test_multi_gpu_full_memory(built, require_gpus, full):
     """Hazard 10: one rank has no memory, and both get the error that names it."""
     require_gpus(2)
     children.run(in_full_memory_of_one_device, full, seconds=90).check()
+
+
+def no_memory_at_the_first_call(kind: str, full: int) -> None:
+    devices = jax.devices("cuda")[:2]
+    inputs = make_inputs(SMALL, 2)
+    if kind == "loopback":
+        call, operands = loopback_tail, on_device(SMALL, 2)
+    else:
+        mesh = make_mesh((2,), ("tp",), devices)
+        call = mesh_call(SMALL, mesh, implementation="cuda", out_specs=P("tp"), every_rank=True)
+        operands = place(mesh, inputs, in_specs(SMALL))
+        # The communicator is there, with the memory that it takes when it is first used.
+        everything = jax.device_put(jnp.ones((2, MIB)), jax.NamedSharding(mesh, P("tp")))
+        for collective in (jax.lax.psum, jax.lax.all_gather):
+            local = functools.partial(collective, axis_name="tp")
+            mapped = jax.shard_map(
+                local, mesh=mesh, in_specs=P("tp"), out_specs=P(), check_vma=False
+            )
+            jax.block_until_ready(jax.jit(mapped)(everything))
+    compiled = jax.jit(call).lower(operands).compile()
+    for device in devices:  # JAX's pool keeps the memory, for the outputs
+        jax.block_until_ready(jax.device_put(np.zeros(MIB, BF16), device)).delete()
+
+    ballast = device_memory.fill_up(full)
+    for _ in range(2):
+        start = time.monotonic()
+        with pytest.raises(jax.errors.JaxRuntimeError, match="jax_gemma_arf: ") as raised:
+            jax.block_until_ready(compiled(operands))
+        print(f"{time.monotonic() - start:.1f} s: {raised.value}", flush=True)
+        assert time.monotonic() - start < 20
+        if kind != "loopback":
+            assert f"rank {full} of 2 (CUDA device {full})" in str(raised.value)
+    assert jga.workspaces() == []
+    device_memory.release(full, ballast)
+    outputs = [np.asarray(out)[0] for out in compiled(operands)]
+    assert_matches(SMALL, inputs, outputs, exact_sum=True)
+
+
+@pytest.mark.parametrize(("kind", "full"), [("loopback", 0), ("multi_gpu", 0), ("multi_gpu", 1)])
+def test_no_memory_at_the_first_call(built, require_gpus, kind, full):
+    """Hazard 10: a GPU is full to the last bytes before the ranks have ever met, when there is no
+    memory for meeting either. All get an error that names it, at once."""
+    require_gpus(2 if kind == "multi_gpu" else 1)
+    children.run(no_memory_at_the_first_call, kind, full, seconds=100).check()
 
 
 # Writes where nobody should write

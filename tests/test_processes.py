@@ -168,6 +168,68 @@ def test_loopback_in_two_processes(built, require_gpus, tmp_path, halves):
         assert child.check().stdout.endswith("right\n")
 
 
+SANDWICH = Case((3,), 640, op="sandwich", next_norms=1)
+# What ranks 0 and 1 call, (case, algorithm) each, and where the error tells them apart.
+DISAGREEMENTS = [
+    ((SANDWICH, "one_shot"), (dataclasses.replace(SANDWICH, **change), algorithm), *differ)
+    for change, algorithm, *differ in (
+        ({"leading": (4,)}, "one_shot", "[3, 640]", "[4, 640]"),
+        ({"dtype": F32}, "one_shot", "[3, 640] bfloat16", "[3, 640] float32"),
+        ({"next_norms": 2}, "one_shot", "1 next norms", "2 next norms"),
+        ({}, "two_shot", "one_shot", "two_shot"),
+    )
+]
+
+
+def that_disagrees(directory: str, rank: int) -> None:
+    jga.set_peer_timeout(20)
+    options = {"local_ranks": (rank,), "axis_size": 2, "rendezvous": directory}
+
+    def call(case: Case, algorithm: str):
+        inputs = make_inputs(case, 2)
+        mine = inputs._replace(partial_sums=tuple(x[[rank]] for x in inputs.partial_sums))
+        tail = functools.partial(loopback_tail, algorithm=algorithm, **options)
+        return [np.asarray(out)[0] for out in jax.jit(tail)(Operands(*mine))]
+
+    def right() -> None:
+        for algorithm in ("one_shot", "two_shot"):
+            assert_matches(
+                CASES[0], make_inputs(CASES[0], 2), call(CASES[0], algorithm), exact_sum=True
+            )
+
+    def wrong() -> None:
+        for calls in DISAGREEMENTS:
+            with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+                call(*calls[rank])
+            print(str(raised.value).splitlines()[0])
+
+    # Before there is a workspace, once there is, and again without harm.
+    wrong()
+    right()
+    wrong()
+    right()
+    print("right")
+
+
+def test_disagreement_in_loopback(built, require_gpus, tmp_path):
+    """Hazard 11: ranks that call different things get the same error at once, each time,
+    and their next call works."""
+    require_gpus(1)
+    pair = [children.Child(that_disagrees, str(tmp_path), rank) for rank in range(2)]
+    # Less than it would take were one of them to wait for the deadline of the exchange.
+    outputs = [child.check().stdout for child in children.run_together(pair, seconds=55)]
+    assert outputs[0] == outputs[1]
+    *errors, last = outputs[0].splitlines()
+    assert last == "right"
+    assert len(errors) == 2 * len(DISAGREEMENTS)
+    for error, (_, _, first, second) in zip(errors, 2 * DISAGREEMENTS):
+        assert re.search(
+            r"did not agree on a workspace: rank 1 of 2 \(CUDA device 0\): .*calls .*"
+            rf"{re.escape(second)}.* where rank 0 calls .*{re.escape(first)}",
+            error,
+        ), error
+
+
 # GPUs of their own
 
 

@@ -1,6 +1,7 @@
 """The decision: static, the same for all ranks, with reasons that a person can act on."""
 
 import dataclasses
+import functools
 import re
 import types
 
@@ -36,8 +37,8 @@ class FakeClient:
 def nvlinked(monkeypatch):
     """An extension that finds all devices linked; settable to not."""
     fake = types.SimpleNamespace(linked=True)
-    fake.nvlink_peers = lambda: [[True] * 4, *[[fake.linked] * 4] * 3]
     monkeypatch.setattr(extension, "load", lambda: fake)
+    monkeypatch.setattr(extension, "nvlink_peers", lambda: [[True] * 4, *[[fake.linked] * 4] * 3])
     monkeypatch.setattr(extension, "why_missing", lambda: None)
     return fake
 
@@ -136,6 +137,19 @@ def test_switched_off(nvlinked, monkeypatch):
     assert decide().reason == "switched off by JAX_GEMMA_ARF_DISABLE"
     monkeypatch.setenv(processes.DISABLE_VARIABLE, "0")
     assert decide().ok
+
+
+def test_the_driver_is_asked_once(monkeypatch):
+    """However many calls are lowered; the switch is read for each."""
+    answers = iter([[[True, False], [False, True]]])
+    fake = types.SimpleNamespace(nvlink_peers=lambda: next(answers))
+    monkeypatch.setattr(extension, "load", lambda: fake)
+    uncached = extension.nvlink_peers.__wrapped__
+    monkeypatch.setattr(extension, "nvlink_peers", functools.cache(uncached))
+    for switch in ("0", "1", "0"):
+        monkeypatch.setenv(processes.DISABLE_VARIABLE, switch)
+        facts = processes.own_facts()
+        assert (facts.visible_gpus, facts.nvlinked, facts.disabled) == (2, False, switch == "1")
 
 
 FACTS = processes.ProcessFacts(1, 7, built=1, nvlinked=1, visible_gpus=4, disabled=0)
