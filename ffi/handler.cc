@@ -74,29 +74,37 @@ class Registry {
   const Parts* Find(const Key& key) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = parts_.find(key);
-    return found == parts_.end() ? nullptr : found->second.get();
+    return found == parts_.end() ? nullptr : found->second.back().get();
   }
   std::vector<WorkspaceReport> Report() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<WorkspaceReport> reports;
-    for (const auto& [key, parts] : parts_) {
-      for (const auto& part : parts->ranks) {
-        const WorkspaceSpec& spec = part->spec();
-        reports.push_back({part->device(), part->rank(), spec.nranks, Name(spec.algorithm),
-                           spec.capacity, WorkspaceLayout(spec).total,
-                           reinterpret_cast<uintptr_t>(part->base()), part->CheckGuards()});
+    std::vector<const RankWorkspace*> all;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (const auto& [key, made] : parts_) {
+        for (const auto& parts : made) {
+          for (const auto& rank : parts->ranks) all.push_back(rank.get());
+        }
       }
+    }
+    std::vector<WorkspaceReport> reports;
+    for (const RankWorkspace* part : all) {  // reads device memory: without the lock
+      const WorkspaceSpec& spec = part->spec();
+      reports.push_back({part->device(), part->rank(), spec.nranks, Name(spec.algorithm),
+                         spec.capacity, WorkspaceLayout(spec).total,
+                         reinterpret_cast<uintptr_t>(part->base()), part->CheckGuards()});
     }
     return reports;
   }
   const Parts* Insert(const Key& key, std::unique_ptr<Parts> parts) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return parts_.emplace(key, std::move(parts)).first->second.get();
+    return parts_[key].emplace_back(std::move(parts)).get();
   }
 
  private:
   std::mutex mutex_;
-  std::map<Key, std::unique_ptr<Parts>> parts_;
+  // The last made is in use. There are others where XLA has given a new communicator the address of
+  // one that is gone.
+  std::map<Key, std::vector<std::unique_ptr<Parts>>> parts_;
 };
 
 // What one call needs on one device, once its workspace exists.
@@ -350,7 +358,7 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const ffi::Remai
   ErrorOr<Agreement> agreement =
       Agree(spec, arguments->shape(), ranks, parts == nullptr ? nullptr : &parts->ranks, exchange);
   if (agreement.has_error()) return agreement.error();
-  if (parts == nullptr) {
+  if (!agreement->created.empty()) {
     auto created = std::make_unique<Parts>();
     created->ranks = std::move(agreement->created);
     if (const std::string failure = Describe(created->Fork(), "creating streams and events");

@@ -69,7 +69,8 @@ bool WaitUntil(const std::function<bool()>& done) {
   return true;
 }
 
-// Buffers and streams of exchanges that have ended, by device.
+// Buffers and streams of exchanges that have ended, by device. The buffers are host memory, which
+// NCCL's kernels can reach: to meet the others must be possible where a GPU's memory is full.
 struct Spare {
   PeerRecord* buffer;
   cudaStream_t stream;
@@ -111,8 +112,8 @@ ErrorOr<std::unique_ptr<NcclExchange>> NcclExchange::Create(void* nccl_comm) {
     }
   }
   if (error == cudaSuccess) {
-    error = cudaMalloc(reinterpret_cast<void**>(&exchange->buffer_),
-                       (kMaxRanks + 1) * sizeof(PeerRecord));
+    error = cudaHostAlloc(reinterpret_cast<void**>(&exchange->buffer_),
+                          (kMaxRanks + 1) * sizeof(PeerRecord), cudaHostAllocMapped);
   }
   if (error == cudaSuccess) {
     error = cudaStreamCreateWithFlags(&exchange->stream_, cudaStreamNonBlocking);
@@ -124,7 +125,7 @@ ErrorOr<std::unique_ptr<NcclExchange>> NcclExchange::Create(void* nccl_comm) {
 NcclExchange::~NcclExchange() {
   if (pending_) return;  // freeing would wait for it
   if (stream_ == nullptr) {
-    (void)cudaFree(buffer_);
+    (void)cudaFreeHost(buffer_);
     return;
   }
   const std::lock_guard<std::mutex> lock(spares_mutex);
@@ -133,12 +134,11 @@ NcclExchange::~NcclExchange() {
 
 Error NcclExchange::AllGather(const std::vector<PeerRecord>& mine, std::vector<PeerRecord>* all) {
   const Nccl& nccl = *LoadNccl();
-  const size_t bytes = sizeof(PeerRecord);
-  cudaError_t error = cudaMemcpyAsync(buffer_, mine.data(), bytes, cudaMemcpyHostToDevice, stream_);
-  if (error != cudaSuccess) return Internal(Describe(error, "sending to the other ranks"));
+  buffer_[0] = mine[0];
 
   pending_ = true;
-  int result = nccl.all_gather(buffer_, buffer_ + 1, bytes, Nccl::kInt8, comm_, stream_);
+  int result =
+      nccl.all_gather(buffer_, buffer_ + 1, sizeof(PeerRecord), Nccl::kInt8, comm_, stream_);
   if (result == Nccl::kInProgress) {  // XLA may use non-blocking communicators
     const bool finished = WaitUntil([&] {
       return nccl.comm_get_async_error(comm_, &result) != Nccl::kSuccess ||
@@ -148,17 +148,13 @@ Error NcclExchange::AllGather(const std::vector<PeerRecord>& mine, std::vector<P
   }
   if (result != Nccl::kSuccess) return NcclError(nccl, result, "meeting the other ranks");
 
+  cudaError_t error = cudaSuccess;
   if (!WaitUntil([&] { return (error = cudaStreamQuery(stream_)) != cudaErrorNotReady; })) {
     return TimedOut();
   }
   pending_ = false;
-  all->resize(size_);
-  if (error == cudaSuccess) {
-    error =
-        cudaMemcpyAsync(all->data(), buffer_ + 1, size_ * bytes, cudaMemcpyDeviceToHost, stream_);
-  }
-  if (error == cudaSuccess) error = cudaStreamSynchronize(stream_);
   if (error != cudaSuccess) return Internal(Describe(error, "hearing from the other ranks"));
+  all->assign(buffer_ + 1, buffer_ + 1 + size_);
   return Error::Success();
 }
 

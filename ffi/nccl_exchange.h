@@ -30,7 +30,7 @@ class NcclExchange : public PeerExchange {
   void* comm_ = nullptr;
   int rank_ = 0;
   int size_ = 0;
-  PeerRecord* buffer_ = nullptr;  // on the device: one record to send, then one a rank
+  PeerRecord* buffer_ = nullptr;  // pinned: one record to send, then one a rank
   cudaStream_t stream_ = nullptr;
   bool pending_ = false;  // an operation that may never end uses buffer and stream
 };

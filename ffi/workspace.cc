@@ -1,6 +1,7 @@
 #include "workspace.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <random>
 #include <string>
@@ -22,12 +23,18 @@ constexpr int kGuardByte = 0xa5;
 
 int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
+// Tells processes apart.
 int64_t ProcessToken() {
   static const int64_t token = [] {
     std::random_device random;
     return static_cast<int64_t>(random()) << 32 | random();
   }();
   return token;
+}
+
+int64_t ProposeName() {
+  static std::atomic<int64_t> made{0};
+  return ProcessToken() + ++made;
 }
 
 template <size_t kSize>
@@ -40,9 +47,6 @@ Error Vote(const std::vector<PeerRecord>& records) {
   for (size_t rank = 0; rank < records.size(); ++rank) {
     const PeerRecord& record = records[rank];
     std::string failure = record.failure;
-    if (failure.empty() && record.has_workspace != records[0].has_workspace) {
-      failure = "it has a workspace where rank 0 has none, or the other way round";
-    }
     if (failure.empty() && std::strcmp(record.version, records[0].version) != 0) {
       failure = std::string("its jax_gemma_arf is ") + record.version + " where rank 0's is " +
                 records[0].version;
@@ -172,6 +176,7 @@ std::string RankWorkspace::Connect(const std::vector<PeerRecord>& peers) {
     }
     peers_.slots[r] = static_cast<char*>(base) + layout.slots;
   }
+  name_ = peers[0].workspace;
   peers_.capacity = spec_.capacity;
   peers_.control = reinterpret_cast<Control*>(base_ + layout.control);
   return NewFailureWord("CUDA device " + std::to_string(device_), &peers_.failure);
@@ -211,30 +216,36 @@ ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const CallShape& call,
     for (auto& part : created) (void)part.release();
   };
 
+  for (PeerRecord& record : mine) {
+    if (existing != nullptr) record.workspace = existing->front()->name();
+    CopyText(record.failure, no_stream.empty() ? FillFacts(call, &record) : no_stream);
+  }
+  if (Error error = exchange.AllGather(mine, &all); error.failure()) return error;
+  if (Error error = Vote(all); error.failure()) return error;
+  agreement.resident_ctas = all[0].resident_ctas;
+  for (const PeerRecord& record : all) {
+    agreement.resident_ctas = std::min(agreement.resident_ctas, record.resident_ctas);
+  }
+  const bool shared = std::all_of(all.begin(), all.end(), [&](const PeerRecord& record) {
+    return record.workspace != 0 && record.workspace == all[0].workspace;
+  });
+  if (shared) return agreement;
+
   for (size_t i = 0; i < ranks.size(); ++i) {
-    mine[i].has_workspace = existing != nullptr;
-    std::string failure = no_stream.empty() ? FillFacts(call, &mine[i]) : no_stream;
-    if (failure.empty() && existing == nullptr) {
-      created.push_back(std::make_unique<RankWorkspace>(spec, ranks[i]));
-      failure = created.back()->Allocate(stream);
-      mine[i].base = created.back()->base();
-      // Not to be had everywhere; only ranks in other processes need it, and they will say so.
-      if (cudaIpcGetMemHandle(&mine[i].handle, mine[i].base) != cudaSuccess) {
-        (void)cudaGetLastError();
-      }
+    created.push_back(std::make_unique<RankWorkspace>(spec, ranks[i]));
+    CopyText(mine[i].failure, created[i]->Allocate(stream));
+    mine[i].workspace = ProposeName();
+    mine[i].base = created[i]->base();
+    // Not to be had everywhere; only ranks in other processes need it, and they will say so.
+    if (cudaIpcGetMemHandle(&mine[i].handle, mine[i].base) != cudaSuccess) {
+      (void)cudaGetLastError();
     }
-    CopyText(mine[i].failure, failure);
   }
   if (Error error = exchange.AllGather(mine, &all); error.failure()) {
     keep_for_ever();
     return error;
   }
   if (Error error = Vote(all); error.failure()) return error;
-  agreement.resident_ctas = all[0].resident_ctas;
-  for (const PeerRecord& record : all) {
-    agreement.resident_ctas = std::min(agreement.resident_ctas, record.resident_ctas);
-  }
-  if (existing != nullptr) return agreement;
 
   for (size_t i = 0; i < ranks.size(); ++i) CopyText(mine[i].failure, created[i]->Connect(all));
   Error error = exchange.AllGather(mine, &all);

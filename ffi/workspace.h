@@ -70,7 +70,7 @@ struct PeerRecord {
   int32_t device = -1;
   int32_t multiprocessors = 0;
   int32_t resident_ctas = 0;  // how many blocks of the call's kernel its device holds at once
-  int32_t has_workspace = 0;  // from an earlier call
+  int64_t workspace = 0;  // names the one that it has, or proposes a name for a new one; 0: none
   CallShape call = {};
   char version[24] = {};   // of the extension
   char failure[224] = {};  // empty: this rank is fine
@@ -95,7 +95,8 @@ class RankWorkspace {
   RankWorkspace(const RankWorkspace&) = delete;
   RankWorkspace& operator=(const RankWorkspace&) = delete;
 
-  // Each returns "" or what failed. Allocate synchronises with `stream`.
+  // Each returns "" or what failed. Allocate synchronises with `stream`. Connect takes the name
+  // that rank 0 proposes.
   std::string Allocate(cudaStream_t stream);
   std::string Connect(const std::vector<PeerRecord>& peers);
   // Also if the guards on both sides of the slots are no longer what they were (hazard 18).
@@ -103,6 +104,7 @@ class RankWorkspace {
 
   const WorkspaceSpec& spec() const { return spec_; }
   int rank() const { return rank_; }
+  int64_t name() const { return name_; }  // the same on all ranks that share it, and on no other
   int device() const { return device_; }
   char* base() const { return base_; }
   const Peers& peers() const { return peers_; }
@@ -111,6 +113,7 @@ class RankWorkspace {
   WorkspaceSpec spec_;
   int rank_;
   int device_ = -1;
+  int64_t name_ = 0;
   char* base_ = nullptr;
   Peers peers_ = {};
 };
@@ -120,13 +123,13 @@ using Workspace = std::vector<std::unique_ptr<RankWorkspace>>;
 
 // What all ranks agreed on for a call.
 struct Agreement {
-  Workspace created;  // empty if the workspace was there
+  Workspace created;  // empty if `existing` is what all ranks share
   int resident_ctas;  // the fewest on any rank: all must launch grids of one size
 };
 
 // Agrees with the peers on the workspace for a call, before any rank launches. `existing` is what
-// this device has already, or nullptr: then the parts of `ranks` are allocated, filled and
-// connected here, with the kernels loaded. Whatever fails on one rank is the same error on all.
+// this device has already, or nullptr. Unless all ranks have one and the same, the parts of `ranks`
+// are allocated, filled and connected here. Whatever fails on one rank is the same error on all.
 // Synchronises; must not run while capturing.
 xla::ffi::ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const CallShape& call,
                                    const std::vector<int>& ranks, const Workspace* existing,
