@@ -56,6 +56,7 @@ def headline(record: Record) -> str:
     mode = {
         "mesh": f"{facts.get('ranks')} ranks",
         "loopback": f"loopback: {facts.get('ranks')} ranks share one GPU, no wire",
+        "single": "one GPU, so there is nothing to reduce",
         "cpu": f"{facts.get('ranks')} virtual CPU ranks, for trying out only",
     }.get(facts.get("mode", ""), "no device came up")
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
