@@ -44,7 +44,7 @@ run_sanitize() {
   done
 }
 run_op() {  # loopback where there is one GPU, here and below
-  step 420 python3 bench/op.py --ops post_ff --hidden 5376
+  step 420 python3 bench/op.py --ops post_ff second_norm --hidden 5376
 }
 run_ops() {
   step 240 python3 bench/op.py --ops sandwich all_reduce_norm moe_tail --hidden 5376 \

@@ -26,6 +26,8 @@ COLORS = {
     "fused tail": "#0b62d6",
     "idle gap": "#f3f3f0",
 }
+#: Of the widths, in order.
+SHADES = ("#9cc4f5", "#5a9bea", "#0b62d6", "#0a3a80")
 LABELS = {
     "psum": "psum + tail",
     "sum": "sum + tail, no collective",
@@ -92,27 +94,49 @@ def faster(base: Timing | None, other: Timing | None) -> str:
     return f"{base.wall.median / other.wall.median:.2f}"
 
 
+def second_norm(rows: Sequence[dict[str, Any]]) -> Spread | None:
+    """What a next norm adds to a call, in microseconds, from the rows of one line.
+
+    Sample by sample, since those of fused_post_ff and fused_sandwich were taken in turn.
+    """
+    samples = {
+        row["implementation"]: row["wall_us"]
+        for row in rows
+        if row["op"] == "second_norm" and "wall_us" in row and row["matches"]
+    }
+    if len(samples) < 2:
+        return None
+    pairs = zip(samples["fused_sandwich"], samples["fused_post_ff"])
+    return common.summarize([sandwich - post_ff for sandwich, post_ff in pairs])
+
+
 def op_markdown(record: Record) -> str:
     """Two tables, wall and kernel time, for each operation and width."""
     parts = [f"## Operations\n\n{headline(record)}"]
     for (op, hidden), rows in common.grouped(record["rows"], "op", "hidden").items():
-        lines = {
-            tokens: best(line, "wall_us") for tokens, line in common.grouped(rows, "tokens").items()
-        }
+        by_tokens = common.grouped(rows, "tokens")
+        lines = {tokens: best(line, "wall_us") for tokens, line in by_tokens.items()}
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
         base = "sum" if "sum" in names else "psum"
         fused = [name for name in names if name == "fused"]
+        derived = [f"{base} / {name}" for name in fused]
+        if op == "second_norm":
+            derived = ["second norm: fused_sandwich - fused_post_ff"]
         wall, kernel = [], []
         for tokens, line in lines.items():
             cells = [_wall(line.get(name), base == name == "psum") for name in names]
-            ratios = [faster(line.get(base), line.get(name)) for name in fused]
-            wall.append([str(tokens), *cells, *ratios])
+            last = [faster(line.get(base), line.get(name)) for name in fused]
+            if op == "second_norm":
+                cost = second_norm(by_tokens[tokens])
+                last = ["" if cost is None else f"{cost.median:.2f} ± {cost.spread:.2f}"]
+            wall.append([str(tokens), *cells, *last])
             cells = [_kernel(name, line.get(name), tokens, hidden, record) for name in names]
             kernel.append([str(tokens), *cells])
         titles = [LABELS.get(name, name) for name in names]
+        brackets = "; in brackets psum's best flag set" if "psum" in names else ""
         parts.append(
-            f"### {op}, D = {hidden}\n\nWall time, us a call; in brackets psum's best flag set.\n\n"
-            + common.table(["tokens", *titles, *(f"{base} / {name}" for name in fused)], wall)
+            f"### {op}, D = {hidden}\n\nWall time, us a call{brackets}.\n\n"
+            + common.table(["tokens", *titles, *derived], wall)
         )
         if any(timing.kernel for line in lines.values() for timing in line.values()):
             parts.append("Kernel time, us a call.\n\n" + common.table(["tokens", *titles], kernel))
@@ -282,36 +306,48 @@ def _label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
 def op_plot(record: Record, path: Path) -> None:
     """Latency over tokens at the largest width, and speed-up over the best psum at every width.
 
-    Of the record's first operation.
+    Of the record's first operation, and what the second norm costs if that was measured.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    op, rows = next(iter(common.grouped(record["rows"], "op").items()))
-    table = {
-        hidden: {
-            tokens: best(line, "wall_us")
-            for tokens, line in common.grouped(lines, "tokens").items()
+    ops = common.grouped(record["rows"], "op")
+    norms = ops.pop("second_norm", [])
+    ratios = [1.25, 1] * bool(ops) + [0.8] * bool(norms)
+    figure = Figure(figsize=(5.6 * sum(ratios), 4.9), layout="constrained")
+    panels = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+    if ops:
+        op, rows = next(iter(ops.items()))
+        table = {
+            hidden: {
+                tokens: best(line, "wall_us")
+                for tokens, line in common.grouped(lines, "tokens").items()
+            }
+            for hidden, lines in common.grouped(rows, "hidden").items()
         }
-        for hidden, lines in common.grouped(rows, "hidden").items()
-    }
-    hidden = max(table)
-    tokens = sorted(table[hidden])
-    base = "psum" if record["facts"]["mode"] != "loopback" else "sum"
+        base = "psum" if record["facts"]["mode"] != "loopback" else "sum"
+        hidden = max(table)
+        _latency_panel(panels[0], f"{op}, D = {hidden:,}", base, table[hidden])
+        _speed_up_panel(panels[1], base, table)
+    if norms:
+        _second_norm_panel(panels[-1], norms)
+    figure.text(0.005, -0.03, headline(record) + ", bfloat16", fontsize=8, color="#777777")
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
 
-    figure = Figure(figsize=(12.5, 4.9), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+
+def _latency_panel(axes, title: str, base: str, lines: dict[int, dict[str, Timing]]) -> None:
+    tokens = sorted(lines)
     _panel(
-        left,
-        f"Latency of {op}, D = {hidden:,}",
+        axes,
+        f"Latency of {title}",
         "us a call: wall time in a JAX program (dots), kernel time (dashes)",
     )
-    _microsecond_axis(left)
+    _microsecond_axis(axes)
     ends = []
     for name in (base, "flashinfer norm + tail", "fused"):
-        points = [(t, table[hidden][t][name].wall) for t in tokens if name in table[hidden][t]]
+        points = [(t, lines[t][name].wall) for t in tokens if name in lines[t]]
         if points:
             x, y = [t for t, _ in points], [wall.median for _, wall in points]
-            left.fill_between(
+            axes.fill_between(
                 x,
                 [wall.median - wall.spread for _, wall in points],
                 [wall.median + wall.spread for _, wall in points],
@@ -320,28 +356,27 @@ def op_plot(record: Record, path: Path) -> None:
                 linewidth=0,
             )
             width = 2.4 if name == "fused" else 1.6
-            left.plot(x, y, "-o", color=COLORS[name], linewidth=width, markersize=4)
+            axes.plot(x, y, "-o", color=COLORS[name], linewidth=width, markersize=4)
             ends.append(
                 (x[-1], y[-1], LABELS[name] + (", best flags" * (name == "psum")), COLORS[name])
             )
     for name, dashes in (("fused", (5, 2)), ("flashinfer all-reduce", (5, 2)), ("wire", (1, 1.5))):
         points = [
-            (t, table[hidden][t][name].kernel)
-            for t in tokens
-            if name in table[hidden][t] and table[hidden][t][name].kernel
+            (t, lines[t][name].kernel) for t in tokens if name in lines[t] and lines[t][name].kernel
         ]
         if points:
             x, y = zip(*points)
             color = COLORS.get(name, COLORS["floor"])
-            left.plot(x, y, color=color, linewidth=1.2, dashes=dashes)
+            axes.plot(x, y, color=color, linewidth=1.2, dashes=dashes)
             ends.append((x[-1], y[-1], f"{LABELS[name]}, kernel", color))
-    _token_axis(left, tokens)
-    _label_ends(left, ends)
+    _token_axis(axes, tokens)
+    _label_ends(axes, ends)
 
-    _panel(right, f"{LABELS[base]} / fused", "speed-up over the best flag set" * (base == "psum"))
-    shades = ("#9cc4f5", "#5a9bea", "#0b62d6", "#0a3a80")
+
+def _speed_up_panel(axes, base: str, table: dict[int, dict[int, dict[str, Timing]]]) -> None:
+    _panel(axes, f"{LABELS[base]} / fused", "speed-up over the best flag set" * (base == "psum"))
     ends = []
-    for shade, width in zip(shades[-len(table) :], sorted(table)):
+    for shade, width in zip(SHADES[-len(table) :], sorted(table)):
         points = [
             (t, line[base].wall.median / line["fused"].wall.median)
             for t, line in sorted(table[width].items())
@@ -349,14 +384,32 @@ def op_plot(record: Record, path: Path) -> None:
         ]
         if points:
             x, y = zip(*points)
-            right.plot(x, y, "-o", color=shade, linewidth=1.8, markersize=4)
+            axes.plot(x, y, "-o", color=shade, linewidth=1.8, markersize=4)
             ends.append((x[-1], y[-1], f"D = {width:,}", shade))
-    right.axhline(1, color=COLORS["psum"], linewidth=1)
-    right.set_ylim(bottom=0)
-    _token_axis(right, tokens)
-    _label_ends(right, ends)
-    figure.text(0.005, -0.03, headline(record) + ", bfloat16", fontsize=8, color="#777777")
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    axes.axhline(1, color=COLORS["psum"], linewidth=1)
+    axes.set_ylim(bottom=0)
+    _token_axis(axes, sorted(table[max(table)]))
+    _label_ends(axes, ends)
+
+
+def _second_norm_panel(axes, rows: Sequence[dict[str, Any]]) -> None:
+    _panel(axes, "Second norm", "us a call: fused_sandwich - fused_post_ff")
+    widths = common.grouped(rows, "hidden")
+    ends, tokens = [], []
+    for shade, width in zip(SHADES[-len(widths) :], sorted(widths)):
+        costs = {
+            count: cost
+            for count, line in common.grouped(widths[width], "tokens").items()
+            if (cost := second_norm(line)) is not None
+        }
+        if costs:
+            tokens = sorted({*tokens, *costs})
+            y, spreads = zip(*costs.values())
+            axes.errorbar([*costs], y, spreads, fmt="-o", color=shade, linewidth=1.8, markersize=4)
+            ends.append((max(costs), y[-1], f"D = {width:,}", shade))
+    axes.axhline(0, color="#555555", linewidth=1)
+    _token_axis(axes, tokens)
+    _label_ends(axes, ends)
 
 
 def block_plot(record: Record, path: Path) -> None:
