@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+import xplane
 from common import Spread
 
 Record = dict[str, Any]
@@ -255,6 +256,50 @@ def _rate(timing: Timing | None, tokens: int) -> str:
     return str(Spread(rate, rate * timing.wall.spread / timing.wall.median))
 
 
+def profile_markdown(record: Record) -> str:
+    """One column for each device of each trace."""
+    sides, walls = _sides(record), _walls(record)
+    columns = [(label, device) for label, side in sides.items() for device in side["devices"]]
+    rows = []
+
+    def add(title, cell):
+        cells = [cell(label, device) for label, device in columns]
+        rows.append([title, *("" if us is None else f"{us:.1f}" for us in cells)])
+
+    for kind in xplane.ORDER:
+        add(kind, lambda label, device, kind=kind: sides[label]["devices"][device][kind])
+        if kind in xplane.WAITING and any(side["without_waiting"] for side in sides.values()):
+            add(
+                f"{kind}, least over ranks",
+                lambda label, _, kind=kind: (sides[label]["without_waiting"] or {}).get(kind),
+            )
+    add("**sum**", lambda label, device: sum(sides[label]["devices"][device].values()))
+    if walls:
+        rows.append(["wall time, with CUDA graphs", *(str(walls[label]) for label, _ in columns)])
+    header = [
+        f"us a {record['unit']}",
+        *(f"{label}, {device.removeprefix('/device:')}" for label, device in columns),
+    ]
+    parts = [f"## {record['title']}{_headline_of_own_run(record)}", common.table(header, rows)]
+    return "\n\n".join([*parts, *_troubles(record)])
+
+
+def _sides(record: Record) -> dict[str, Any]:
+    """What profile_compare.compare made, in the order of the traces."""
+    return {label: record["comparison"][label] for label in record["labels"]}
+
+
+def _walls(record: Record) -> dict[str, Spread]:
+    """What a profile's own runs took in CUDA graphs."""
+    rows = [row for row in record["rows"] if "layer_us" in row]
+    return {row["implementation"]: common.summarize(row["layer_us"]) for row in rows}
+
+
+def _headline_of_own_run(record: Record) -> str:
+    """Empty for traces that were given."""
+    return f"\n\n{headline(record)}" if record["facts"] else ""
+
+
 def _panel(axes, title: str, ylabel: str) -> None:
     """The look of every panel: light, with a title for the y axis at the top left."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=22)
@@ -446,11 +491,76 @@ def block_plot(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
 
 
+def profile_plot(record: Record, path: Path) -> None:
+    """Timelines of the first device on one scale, over stacked bars of the same device."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.patches import Patch  # noqa: PLC0415
+
+    sides, walls = _sides(record), _walls(record)
+    sums = {label: next(iter(side["devices"].values())) for label, side in sides.items()}
+    longest = max(sum(times.values()) for times in sums.values())
+
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    timeline, bars = figure.subplots(2, 1, height_ratios=(1, 1.15))
+    for axes in (timeline, bars):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0, labelsize=11)
+        axes.tick_params(axis="x", labelsize=9)
+        axes.set_yticks(range(len(sides)), sides)
+        axes.set_ylim(len(sides) - 0.45, -0.55)
+    figure.suptitle(record["title"], x=0.008, ha="left", fontsize=13, fontweight="bold")
+
+    for y, label in enumerate(sides):
+        for kind, start, duration in record["timelines"][label]:
+            timeline.broken_barh(
+                [(start, duration)], (y - 0.32, 0.64), color=COLORS[kind], linewidth=0
+            )
+    timeline.set_xlim(0, record["window_us"])
+    timeline.set_xlabel("us of one GPU's time; white is idle", fontsize=9)
+
+    for y, (label, times) in enumerate(sums.items()):
+        left = 0.0
+        working = sides[label]["without_waiting"] or {}
+        for kind in xplane.ORDER:
+            width = times[kind]
+            if width == 0:
+                continue
+            edge = {"edgecolor": "#bbbbbb" if kind == xplane.IDLE else "white", "linewidth": 0.8}
+            bars.barh(y, width, left=left, height=0.62, color=COLORS[kind], **edge)
+            waits = width - min(width, working.get(kind, width))
+            if waits > 0.01 * width:
+                bars.barh(
+                    y, waits, left=left + width - waits, height=0.62, fill=False, hatch="////",
+                    edgecolor="white", linewidth=0,
+                )  # fmt: skip
+            if width > 0.045 * longest:
+                dark = kind in ("all-reduce", "fused tail")
+                bars.text(
+                    left + width / 2, y, f"{width:.1f}", ha="center", va="center", fontsize=10,
+                    color="white" if dark else "#333333",
+                )  # fmt: skip
+            left += width
+        wall = f"   (wall, in CUDA graphs: {walls[label]})" if label in walls else ""
+        bars.text(left, y, f"  {left:.1f}{wall}", va="center", fontsize=10)
+    bars.set_xlim(0, 1.32 * longest)
+    bars.set_xlabel(
+        f"us a {record['unit']}, kernel by kernel; hatched: more than the fastest rank needed",
+        fontsize=9,
+    )
+    shown = [kind for kind in xplane.ORDER if any(times[kind] for times in sums.values())]
+    handles = [Patch(facecolor=COLORS[kind], edgecolor="#bbbbbb", linewidth=0.4) for kind in shown]
+    figure.legend(handles, shown, loc="upper right", ncols=len(shown), frameon=False, fontsize=9.5)
+    footer = _headline_of_own_run(record).strip()
+    figure.text(0.005, -0.03, footer, fontsize=8, color="#777777")
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+
+
 #: Of each kind: its tables, and its picture if it has one.
 KINDS = {
     "op": (op_markdown, op_plot),
     "block": (block_markdown, block_plot),
     "model": (model_markdown, None),
+    "profile": (profile_markdown, profile_plot),
 }
 
 
@@ -460,7 +570,8 @@ def finish(kind: str, content: Record, directory: Path) -> None:
     record = read(path)
     print(markdown(record))
     print(f"\n{path}")
-    if not any(row.keys() & {"wall_us", "layer_us", "step_us"} for row in record["rows"]):
+    timed = any(row.keys() & {"wall_us", "layer_us", "step_us"} for row in record["rows"])
+    if not timed and "comparison" not in record:
         sys.exit("nothing was timed")
     if picture := plot(record, path.parent):
         print(picture)
