@@ -1,5 +1,6 @@
 """The benchmarks: traces are read right, and what runs on GPUs at least lowers for them."""
 
+import argparse
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import block
 import common
 import jax
 import op
@@ -171,6 +173,26 @@ def test_block_on_cpus(tmp_path):
     assert [row["implementation"] for row in record["rows"]] == ["psum"]
     assert record["rows"][0]["matches"]
     assert record["rows"][0]["relative_error"] < 0.02
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("mode", ["mesh", "loopback"])
+def test_every_block_lowers_for_gpus(mode, monkeypatch, cpus):
+    """To two calls a layer, and the one that any backend runs computes the block."""
+    devices = cpus[: 2 if mode == "mesh" else 1]
+    monkeypatch.setattr(common, "devices_for", lambda _: (mode, devices))
+    bench = block.Bench(argparse.Namespace(ranks=2, quick=True, repeats=1, layers=2, flag_set="A"))
+    sizes = block.Sizes(hidden=640, ff=1024, heads=512)
+    layers, h = bench.parameters(sizes), bench.hidden(sizes, tokens=3)
+    assert len(bench.implementations()) == 4
+    for name, how in bench.implementations().items():
+        program = bench.program(sizes, *how)
+        text = program.trace(h, layers).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @jax_gemma_arf") == 4 * name.startswith("fused"), name
+        assert text.count("stablehlo.all_reduce") == 4 * (name == "psum"), name
+        if name in ("sum", "psum"):
+            want = bench.reference(sizes)(h, layers)
+            assert block.relative_error(program(h, layers), want) < block.BOUND / 2
 
 
 @pytest.fixture
