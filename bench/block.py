@@ -210,18 +210,16 @@ class Bench:
             layers = self.parameters(sizes)
             for count in tokens:
                 h = self.hidden(sizes, count)
+                jitted = {name: self.program(sizes, *how) for name, how in chosen.items()}
+                jitted["reference"] = self.reference(sizes)
                 with concurrent.futures.ThreadPoolExecutor(8) as pool:
-
-                    def start(program, operands=(h, layers), pool=pool):
-                        return common.start(pool, lambda: program.lower(*operands))
-
-                    reference = start(self.reference(sizes))
                     programs = {
-                        name: start(self.program(sizes, *how)) for name, how in chosen.items()
+                        name: common.start(pool, functools.partial(program.lower, h, layers))
+                        for name, program in jitted.items()
                     }
-                want = reference.result()(h, layers)
-                for name, program in programs.items():
-                    call = functools.partial(run, program, h, layers)
+                want = run(programs["reference"], h, layers)
+                for name in chosen:
+                    call = functools.partial(run, programs[name], h, layers)
                     row: dict[str, Any] = {
                         "model": model,
                         "tokens": count,
