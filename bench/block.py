@@ -13,9 +13,10 @@ as batched products; on a CPU only psum runs, with cut-down sizes.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import common
@@ -124,7 +125,7 @@ class Bench:
         auto = (jax.sharding.AxisType.Auto,)
         self.mesh = jax.make_mesh((len(devices),), ("tp",), axis_types=auto, devices=devices)
         self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
-        self.layers = 2 if self.mode == "cpu" else arguments.layers
+        self.layers = arguments.layers or {"cpu": 2}.get(self.mode, 4 if arguments.quick else 8)
         self.flag_set = arguments.flag_set
 
     def sizes(self, model: str) -> Sizes:
@@ -194,39 +195,50 @@ class Bench:
             )
         )
 
-    def want(self, sizes: Sizes, h: jax.Array, layers: list[Layer]) -> jax.Array:
-        """The blocks unsharded, as XLA's partitioner sees them."""
+    def reference(self, sizes: Sizes):
+        """Jitted: (h, layers) -> h, unsharded, as XLA's partitioner sees it."""
         scalar = (0.5,) if sizes.scalar else ()
-        return jax.jit(lambda h, layers: with_post_ff(h, layers, scalar, post_ff_tail, jnp.matmul))(
-            h, layers
-        )
+        return jax.jit(lambda h, layers: with_post_ff(h, layers, scalar, post_ff_tail, jnp.matmul))
 
-    def cases(self, models, tokens, names=None) -> Iterator[tuple[dict[str, Any], Callable]]:
+    def cases(
+        self, models: Sequence[str], tokens: Sequence[int], names: Collection[str]
+    ) -> Iterator[tuple[dict[str, Any], Callable[[], jax.Array]]]:
         """Rows yet without times, each with the call to time unless the row has an error."""
+        chosen = {name: how for name, how in self.implementations().items() if name in names}
         for model in models:
             sizes = self.sizes(model)
             layers = self.parameters(sizes)
             for count in tokens:
                 h = self.hidden(sizes, count)
-                want = self.want(sizes, h, layers)
-                for name, (blocks, tail) in self.implementations().items():
-                    if names is not None and name not in names:
-                        continue
+                jitted = {name: self.program(sizes, *how) for name, how in chosen.items()}
+                jitted["reference"] = self.reference(sizes)
+                with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                    programs = {
+                        name: common.start(pool, functools.partial(program.lower, h, layers))
+                        for name, program in jitted.items()
+                    }
+                want = run(programs["reference"], h, layers)
+                for name in chosen:
+                    call = functools.partial(run, programs[name], h, layers)
                     row: dict[str, Any] = {
                         "model": model,
                         "tokens": count,
                         "implementation": name,
                         "flag_set": self.flag_set,
                     }
-                    program = self.program(sizes, blocks, tail)
                     try:
-                        out = program(h, layers)
-                        if tail is not None:
+                        out = call()
+                        if name != "matmuls alone":
                             row["relative_error"] = relative_error(out, want)
                             row["matches"] = row["relative_error"] <= BOUND
                     except Exception as error:  # an implementation that fails is a result, too
                         row["error"] = f"{type(error).__name__}: {error}"[:500]
-                    yield row, functools.partial(program, h, layers)
+                    yield row, call
+
+
+def run(program: concurrent.futures.Future, *operands: Any) -> Any:
+    """Calls the compiled program that a future holds."""
+    return program.result()(*operands)
 
 
 def project_ranks(x: jax.Array, w: jax.Array, *, ranks: int) -> jax.Array:
@@ -267,6 +279,7 @@ def relative_error(out: jax.Array, want: jax.Array) -> float:
 def work(arguments: argparse.Namespace) -> None:
     """A child's part: all implementations of one flag set."""
     jax.config.update("jax_num_cpu_devices", 8)
+    jga.set_peer_timeout(20)  # what hangs is a failed timing
     bench = Bench(arguments)
     bandwidth = common.copy_bandwidth(bench.mesh)
     floors = {
@@ -283,10 +296,14 @@ def work(arguments: argparse.Namespace) -> None:
         "weights_us": floors,
     }
     common.emit({"facts": facts})
-    for row, call in bench.cases(arguments.models, arguments.tokens):
+    for row, call in bench.cases(arguments.models, arguments.tokens, bench.implementations()):
         if "error" not in row:
             row["layer_us"] = bench.clock.microseconds(call, bench.layers)
         common.emit(row)
+
+
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, help="default: 8; with --quick 4; on a CPU 2")
 
 
 def main() -> None:
@@ -294,7 +311,7 @@ def main() -> None:
     common.add_arguments(parser, child_seconds=240)
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: all")
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {TOKENS}")
-    parser.add_argument("--layers", type=int, default=8)
+    add_layers(parser)
     parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=None)
     arguments = parser.parse_args()
     quick = arguments.quick

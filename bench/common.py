@@ -108,12 +108,18 @@ class Clock:
 
     def microseconds(self, call: Callable[[], Any], parts: int) -> list[float]:
         """Samples of the time of one of the `parts` equal parts that a call consists of."""
-        for _ in range(4):  # compiled and loaded, run eagerly, captured, replayed
+        return self.in_turn([call], parts)[0]
+
+    def in_turn(self, calls: Sequence[Callable[[], Any]], parts: int) -> list[list[float]]:
+        """Samples of each of several calls, one of each at a time, so that all see one drift."""
+        for call in [*calls] * 4:  # compiled and loaded, run eagerly, captured, replayed
             jax.block_until_ready(call())
         flush = 0.0 if self._pool is None else self._flush_seconds
-        return [
-            (self._seconds(call) - flush) / (self.runs * parts) * 1e6 for _ in range(self.repeats)
-        ]
+        samples: list[list[float]] = [[] for _ in calls]
+        for _ in range(self.repeats):
+            for call, taken in zip(calls, samples):
+                taken.append((self._seconds(call) - flush) / (self.runs * parts) * 1e6)
+        return samples
 
 
 def start(

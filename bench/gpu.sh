@@ -17,6 +17,12 @@ step() { # SECONDS COMMAND...
   timeout -k 10 "$@" || { echo "== failed with status $?: ${*:2}"; failed=1; }
 }
 
+model() {  # SECONDS ARGUMENT...; where the extra gemma is: 2.9 GB
+  if python3 -c "import gemma" 2> /dev/null; then
+    step "$1" python3 bench/model.py "${@:2}"
+  fi
+}
+
 run_report() { step 60 python3 -P -m jax_gemma_arf; }  # -P: the installed package, not this tree
 run_test() {  # in processes of their own: loopback fills a GPU with the workspaces of all ranks
   step 600 pytest -q -k loopback tests
@@ -38,7 +44,7 @@ run_sanitize() {
   done
 }
 run_op() {  # loopback where there is one GPU, here and below
-  step 420 python3 bench/op.py --ops post_ff --hidden 5376
+  step 420 python3 bench/op.py --ops post_ff second_norm --hidden 5376
 }
 run_ops() {
   step 240 python3 bench/op.py --ops sandwich all_reduce_norm moe_tail --hidden 5376 \
@@ -47,15 +53,14 @@ run_ops() {
 run_block() {
   step 300 python3 bench/block.py --models 31B E4B --tokens 1 16 128 1024 --flag-sets A C
   step 120 python3 bench/profile_compare.py
-  if python3 -c "import gemma" 2> /dev/null; then  # the extra gemma: 2.9 GB
-    step 600 python3 bench/model.py --flag-sets A C --child-seconds 280
-  fi
+  model 600 --flag-sets A C --child-seconds 280
 }
 run_speed() { run_op; run_ops; run_block; step 120 python3 examples/demo.py; }
 run_quick() {
   step 90 python3 bench/op.py --quick
   step 90 python3 bench/block.py --quick
   step 90 python3 bench/profile_compare.py --quick
+  model 90 --quick
 }
 
 for part in "${@:-all}"; do

@@ -7,13 +7,14 @@ the tails is the same: the official modules, run by jax_gemma_arf.integrations.g
 Microseconds a step and tokens a second (wall time, median and half the interquartile range). The
 psum tail runs under each of common.FLAG_SETS. The logits of each are compared with those of the
 official model, partitioned by the compiler: a decode must arrive at what its prompt gives at once.
-On a CPU only psum runs, with a cut-down model.
+On one GPU, where there is nothing to reduce, and on a CPU, with a cut-down model, only psum runs.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,17 +25,6 @@ import jax.numpy as jnp
 import report
 
 import jax_gemma_arf as jga
-
-try:
-    from gemma import gm
-
-    from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
-except ModuleNotFoundError as missing:
-    print(
-        f"bench/model.py needs google-deepmind/gemma ({missing}): pip install '.[bench,gemma]'",
-        file=sys.stderr,
-    )
-    sys.exit(2)
 
 #: ||out - want|| / ||want|| of bfloat16 logits; a model with its tails in the wrong order is off
 #: by 1 or so.
@@ -48,6 +38,8 @@ Program = Callable[[Params, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 def official(name: str, layers: int, small: bool):
     """The text model of that class. layers: of a cut-down one, or 0 for all. small: narrow, too."""
+    from gemma import gm  # noqa: PLC0415  # takes 10 s, so only children do
+
     cls = getattr(gm.nn, name, None)
     if cls is None:
         sys.exit(f"--model must be a class of gemma.gm.nn such as Gemma4_E2B, got {name!r}")
@@ -99,9 +91,12 @@ def prefill(model, params: Params, tokens: jax.Array, cache: Cache) -> tuple[jax
 
 
 def decode(
-    model, steps: int, params: Params, tokens: jax.Array, cache: Cache
+    model, steps: int, logits: Any, params: Params, tokens: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """The last so many tokens of a prompt that is in the cache, one by one."""
+    """The last so many tokens of a prompt that is in the cache, one by one.
+
+    logits: what those of one sequence look like, which another trace would tell as well.
+    """
     batch, length = tokens.shape
 
     def step(i, carry):
@@ -109,7 +104,6 @@ def decode(
         token = jax.lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
         return apply(model, params, token, carry[1], position, length)
 
-    logits = jax.eval_shape(step, 0, (None, cache))[0]
     start = jnp.zeros((batch, logits.shape[1]), logits.dtype), at(cache, length - steps)
     return jax.lax.fori_loop(0, steps, step, start)
 
@@ -118,8 +112,10 @@ class Bench:
     """A model on the devices there are."""
 
     def __init__(self, arguments: argparse.Namespace):
+        from jax_gemma_arf.integrations import gemma  # noqa: PLC0415
+
         mode, devices = common.devices_for(arguments.ranks)
-        self.mode = "mesh" if mode == "loopback" else mode  # one GPU is a mesh of one here
+        self.mode = "single" if mode == "loopback" else mode
         auto = (jax.sharding.AxisType.Auto,)
         self.mesh = jax.make_mesh((len(devices),), ("tp",), axis_types=auto, devices=devices)
         self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
@@ -130,9 +126,11 @@ class Bench:
         layers = arguments.layers or (4 if small or arguments.quick else 0)
         self.name, self.official = arguments.model, official(arguments.model, layers, small)
         self.flag_set = arguments.flag_set
-        self.models = {"psum": tensor_parallel(self.official, self.mesh, implementation="xla")}
+        sharded = functools.partial(gemma.tensor_parallel, self.official, self.mesh)
+        self.models = {"psum": sharded(implementation="xla")}
+        self.param_shardings = functools.partial(gemma.param_shardings, self.models["psum"])
         if self.mode == "mesh" and self.flag_set == "A":
-            self.models["fused"] = tensor_parallel(self.official, self.mesh, implementation="cuda")
+            self.models["fused"] = sharded(implementation="cuda")
         self.names = [f"{name}{again}" for again in ("", " again") for name in self.models]
 
     def parameters(self) -> Params:
@@ -160,12 +158,13 @@ class Bench:
             return jax.jit(make, out_shardings=sharding)
 
         leaves, tree = jax.tree.flatten_with_path(shapes)
-        shardings = jax.tree.leaves(param_shardings(self.models["psum"], shapes))
+        shardings = jax.tree.leaves(self.param_shardings(shapes))
+        key = jax.random.key(0, impl="rbg")  # compiles fast
         params = []
         for i, ((path, leaf), sharding) in enumerate(zip(leaves, shardings)):
             kind = path[-1].key if path[-1].key in ("scale", "skip_scale") else "weight"
             make = generator(leaf.shape, leaf.dtype, sharding, kind)
-            params.append(make(jax.random.fold_in(jax.random.key(0), i)))
+            params.append(make(jax.random.fold_in(key, i)))
         return jax.tree.unflatten(tree, params)
 
     def tokens(self) -> jax.Array:
@@ -193,14 +192,15 @@ class Bench:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Of each implementation: its prefill, then its decodes of the prompt's copies."""
         params, tokens = self.parameters(), self.tokens()
+        lowered = jax.jit(self.reference).lower(params, tokens)
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            reference = common.start(pool, lambda: jax.jit(self.reference).lower(params, tokens))
+            reference = pool.submit(lowered.compile)
             programs = {}
             for name, model in self.models.items():
                 program = functools.partial(prefill, model)
                 programs[name, "prefill", 1] = self.start(pool, program, params, 1)
                 for batch in self.batches:
-                    program = functools.partial(decode, model, self.steps)
+                    program = functools.partial(decode, model, self.steps, lowered.out_info)
                     programs[name, "decode", batch] = self.start(pool, program, params, batch)
         want = reference.result()(params, tokens)
         filled = None
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=int, default=0, help="cut down to so many, a multiple of 4; 0: all"
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="of the decodes")
+    parser.add_argument("--batches", type=int, nargs="+", help="of the decodes; default: 1 and 16")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens, and length of the cache")
     parser.add_argument("--steps", type=int, default=16, help="of each timed decode")
     parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=None)
@@ -302,11 +302,13 @@ def main() -> None:
         parser.error(f"--layers must be a multiple of 4, got {arguments.layers}")
     if not 1 <= arguments.steps <= arguments.prompt:
         parser.error(f"--steps must be 1 to --prompt, got {arguments.steps}")
+    if importlib.util.find_spec("gemma") is None:
+        parser.error("needs google-deepmind/gemma: pip install '.[bench,gemma]'")
+    quick = arguments.quick
+    arguments.batches = arguments.batches or ([1] if quick else [1, 16])
     if common.in_child(arguments):
         work(arguments)
         return
-    official(arguments.model, arguments.layers, small=False)
-    quick = arguments.quick
     flag_sets = arguments.flag_sets or (["A", "C"] if quick else list(common.FLAG_SETS))
     content = common.run_children(flag_sets, arguments, "{implementation}, {phase}, batch {batch}")
     report.finish("model", content, arguments.out)

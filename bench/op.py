@@ -15,6 +15,10 @@ Two columns, both microseconds a call, from chains of dependent calls in one jit
           least (a kernel that waits for its peer is busy). Not in loopback: under the profiler the
           parallel branches of a graph can run one after the other, and the ranks wait for ever.
 
+The operation second_norm is what a next norm costs: fused_post_ff, and fused_sandwich with its
+normed result left alone, in chains that are otherwise the same, long enough for the host not to
+matter, and timed in turn.
+
 Every timed chain is compared with a float32 oracle. On one GPU all ranks share it (loopback: no
 wire, no psum), on a CPU only psum + tail runs; both are for trying the benchmark out.
 """
@@ -44,6 +48,8 @@ from jax_gemma_arf.reference import Operands
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK_TOKENS = (1, 64, 1024)
+#: Most with which second_norm is timed: above, it is small beside the rest.
+SECOND_NORM_TOKENS = 128
 SCALAR = np.float32(0.5)
 #: Of a row after a chain of bfloat16 steps: what 50 roundings add up to is half of that.
 BOUND = 2**-5
@@ -98,6 +104,12 @@ def sandwich_oracle(x, residual, norm_scale, layer_scalar, *, next_norm_scale):
     return hidden, rmsnorm(hidden, next_norm_scale).astype(x.dtype)
 
 
+def second_norm_link(call, state, cold):
+    """As post_ff_link. normed is left alone: the kernel writes it all the same."""
+    x, *_ = state
+    return call(x, cold.residual, cold.scales[0], SCALAR, next_norm_scale=cold.scales[1])
+
+
 def sandwich_link(call, state, cold):
     x, hidden = state
     hidden, normed = call(x, hidden, cold.scales[0], SCALAR, next_norm_scale=cold.scales[1])
@@ -137,6 +149,7 @@ OPS = {
     "sandwich": Op(sandwich_link, sandwich_oracle, (True, False)),
     "all_reduce_norm": Op(all_reduce_norm_link, all_reduce_norm_oracle, (True,)),
     "moe_tail": Op(moe_tail_link, moe_tail_oracle, (True, True)),
+    "second_norm": Op(second_norm_link, sandwich_oracle, (True,)),
 }
 LOOPBACK_OPS = OPS | {"sandwich": Op(sandwich_link_in_loopback, sandwich_oracle, (True,))}
 
@@ -161,12 +174,19 @@ def loopback_call(op: str, *arrays, algorithm: str | None = None, **next_norm):
 
 
 class Config(NamedTuple):
-    """One line of the table. links: the length of the chain."""
+    """One line of the table. colds: how many calls have operands of their own; rounds: how many
+    times the chain goes through them."""
 
     op: str
     hidden: int
     tokens: int
-    links: int
+    colds: int
+    rounds: int
+
+    @property
+    def links(self) -> int:
+        """The length of the chain."""
+        return self.colds * self.rounds
 
     @property
     def message_bytes(self) -> int:
@@ -187,24 +207,30 @@ class Contender(NamedTuple):
     lowering: Callable[[], Any] = contextlib.nullcontext
 
 
-def chain(link, call) -> Callable[[State, list[Cold]], State]:
+def chain(link, call, rounds: int = 1) -> Callable[[State, list[Cold]], State]:
     """Calls in a row, each on what the one before it returned."""
 
     step = jax.jit(functools.partial(link, call))  # traced once, inlined by XLA
 
     def body(state, colds):
-        for cold in colds:
+        for cold in colds * rounds:
             state = step(state, cold)
         return state
 
     return body
 
 
-def oracle_chain(link, call) -> Callable[[State, Cold], State]:
-    """The same as one loop."""
+def oracle_chain(link, call, rounds: int = 1) -> Callable[[State, Cold], State]:
+    """The same as one loop, but for the first call, whose state may lack what only calls return."""
 
     def body(state, stacked):
-        return jax.lax.scan(lambda state, cold: (link(call, state, cold), None), state, stacked)[0]
+        colds = len(stacked.residual)
+        return jax.lax.fori_loop(
+            1,
+            colds * rounds,
+            lambda k, state: tuple(link(call, state, pick(stacked, k % colds))),
+            tuple(link(call, state, pick(stacked, 0))),
+        )
 
     return body
 
@@ -241,26 +267,42 @@ class Bench:
         for op, hidden, tokens in itertools.product(
             arguments.ops, arguments.hidden, arguments.tokens
         ):
-            links = 4 if self.mode == "cpu" else 50
+            colds = 4 if self.mode == "cpu" else 50
             if 2 * tokens * hidden > 4 << 20:
-                links = min(links, 16 if 2 * tokens * hidden <= 32 << 20 else 8)
-            yield Config(op, hidden, tokens, links)
+                colds = min(colds, 16 if 2 * tokens * hidden <= 32 << 20 else 8)
+            rounds = 1
+            if op == "second_norm":
+                if self.mode == "cpu" or self.flag_set != "A" or tokens > SECOND_NORM_TOKENS:
+                    continue
+                rounds = 4
+            yield Config(op, hidden, tokens, colds, rounds)
+
+    def fused(self, op: str) -> Callable:
+        """The call of a fused operation."""
+        if self.mode == "loopback":
+            return functools.partial(loopback_call, op)
+        call = getattr(jga, f"fused_{op}")
+        return functools.partial(call, axis_name="tp", implementation="cuda")
 
     def contenders(self, config: Config) -> Iterator[Contender]:
         """In the order in which they are timed; the second time around comes by itself."""
+        if config.op == "second_norm":
+            for op, as_op in (("post_ff", "post_ff"), ("sandwich", "second_norm")):
+                link, oracle, _ = self.ops[as_op]
+                body = chain(link, self.fused(op), config.rounds)
+                yield Contender(f"fused_{op}", body, oracle_chain(link, oracle, config.rounds))
+            return
         link, oracle, _ = self.ops[config.op]
         want = oracle_chain(link, oracle)
+        fused = self.fused(config.op)
         if self.mode == "loopback":
-            call = functools.partial(loopback_call, config.op)
             yield Contender("sum", chain(link, oracle), want)
-            yield Contender("fused", chain(link, call), want)
+            yield Contender("fused", chain(link, fused), want)
             for algorithm in self.algorithms:
-                forced = functools.partial(call, algorithm=algorithm)
+                forced = functools.partial(fused, algorithm=algorithm)
                 yield Contender(f"fused {algorithm}", chain(link, forced), want)
         else:
-            call = functools.partial(getattr(jga, f"fused_{config.op}"), axis_name="tp")
-            psum = functools.partial(call, implementation="xla")
-            fused = functools.partial(call, implementation="cuda")
+            psum = functools.partial(fused, implementation="xla")
             yield Contender("psum", chain(link, psum), want)
             if self.mode == "cpu" or self.flag_set != "A":
                 return
@@ -328,8 +370,8 @@ class Bench:
                 x if varies else jnp.broadcast_to(x[0], x.shape)
                 for x, varies in zip(state, varying)
             ]
-            residual = jax.random.normal(keys[1], (config.links, *shape), jnp.bfloat16)
-            scales = jax.random.normal(keys[2], (4, config.links, config.hidden), jnp.bfloat16)
+            residual = jax.random.normal(keys[1], (config.colds, *shape), jnp.bfloat16)
+            scales = jax.random.normal(keys[2], (4, config.colds, config.hidden), jnp.bfloat16)
             return tuple(state), Cold(residual, tuple(1 + scales / 8))
 
         return jax.jit(make, out_shardings=(self._sharding(P("tp")), self._sharding(P())))
@@ -368,7 +410,7 @@ class Bench:
         """For operands that need not be there yet; for these devices, or for other platforms."""
         state, _, cold = self.abstract(config)
         with contender.lowering():
-            traced = self.program(contender.body).trace(state, [cold] * config.links)
+            traced = self.program(contender.body).trace(state, [cold] * config.colds)
             return traced.lower(lowering_platforms=platforms)
 
     def compile(self, config: Config, pool: concurrent.futures.Executor) -> "Line":
@@ -404,25 +446,35 @@ class Bench:
         """Times the programs of a line and emits their rows."""
         config = line.config
         state, stacked = line.generator.result()(random_key())
-        colds = [line.pick.result()(stacked, k) for k in range(config.links)]
+        colds = [line.pick.result()(stacked, k) for k in range(config.colds)]
         wanted = {key: program.result()(state, stacked) for key, program in line.oracles.items()}
         contenders = {contender.name: contender for contender in line.contenders}
-        for name in (*contenders, *self.again(contenders)):
-            row = {**config._asdict(), "implementation": name, "flag_set": self.flag_set}
-            contender = contenders[name.removesuffix(" again")]
+        names = [*contenders, *self.again(contenders)]
+        for turn in [names] if config.op == "second_norm" else [[name] for name in names]:
+            row = {**config._asdict(), "links": config.links, "flag_set": self.flag_set}
+            rows: list[dict[str, Any]] = [row | {"implementation": name} for name in turn]
             try:
-                call = functools.partial(line.programs[contender.name].result(), state, colds)
-                if contender.oracle is None:
-                    row["matches"] = self.check_wire(state)
-                else:
-                    row["row_error"], row["matches"] = compare(call(), wanted[contender.oracle])
-                row["wall_us"] = self.clock.microseconds(call, config.links)
+                calls = []
+                for row in rows:
+                    contender = contenders[row["implementation"].removesuffix(" again")]
+                    program = line.programs[contender.name].result()
+                    calls.append(functools.partial(program, state, colds))
+                    if contender.oracle is None:
+                        row["matches"] = self.check_wire(state)
+                    else:
+                        want = wanted[contender.oracle]
+                        row["row_error"], row["matches"] = compare(calls[-1](), want)
+                for row, samples in zip(rows, self.clock.in_turn(calls, config.links)):
+                    row["wall_us"] = samples
                 if self.mode != "loopback":
-                    self.clock.flush()
-                    row["kernel_us"] = xplane.kernel_microseconds(call, config.links)
+                    for row, call in zip(rows, calls):
+                        self.clock.flush()
+                        row["kernel_us"] = xplane.kernel_microseconds(call, config.links)
             except Exception as error:  # a contender that fails is a result, too
-                row["error"] = f"{type(error).__name__}: {error}"[:500]
-            common.emit(row)
+                for row in rows:
+                    row["error"] = f"{type(error).__name__}: {error}"[:500]
+            for row in rows:
+                common.emit(row)
 
 
 class Line(NamedTuple):
@@ -500,7 +552,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     quick = arguments.quick
-    arguments.ops = arguments.ops or (["post_ff"] if quick else list(OPS))
+    arguments.ops = arguments.ops or (["post_ff", "second_norm"] if quick else list(OPS))
     arguments.hidden = arguments.hidden or ([5376] if quick else list(common.HIDDEN.values()))
     arguments.tokens = arguments.tokens or (QUICK_TOKENS if quick else TOKENS)
     if arguments.flag_sets is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+import xplane
 from common import Spread
 
 Record = dict[str, Any]
@@ -26,6 +27,8 @@ COLORS = {
     "fused tail": "#0b62d6",
     "idle gap": "#f3f3f0",
 }
+#: Of the widths, in order.
+SHADES = ("#9cc4f5", "#5a9bea", "#0b62d6", "#0a3a80")
 LABELS = {
     "psum": "psum + tail",
     "sum": "sum + tail, no collective",
@@ -56,6 +59,7 @@ def headline(record: Record) -> str:
     mode = {
         "mesh": f"{facts.get('ranks')} ranks",
         "loopback": f"loopback: {facts.get('ranks')} ranks share one GPU, no wire",
+        "single": "one GPU, so there is nothing to reduce",
         "cpu": f"{facts.get('ranks')} virtual CPU ranks, for trying out only",
     }.get(facts.get("mode", ""), "no device came up")
     driver = f", driver {machine['driver']}" if machine["driver"] else ""
@@ -91,27 +95,49 @@ def faster(base: Timing | None, other: Timing | None) -> str:
     return f"{base.wall.median / other.wall.median:.2f}"
 
 
+def second_norm(rows: Sequence[dict[str, Any]]) -> Spread | None:
+    """What a next norm adds to a call, in microseconds, from the rows of one line.
+
+    Sample by sample, since those of fused_post_ff and fused_sandwich were taken in turn.
+    """
+    samples = {
+        row["implementation"]: row["wall_us"]
+        for row in rows
+        if row["op"] == "second_norm" and "wall_us" in row and row["matches"]
+    }
+    if len(samples) < 2:
+        return None
+    pairs = zip(samples["fused_sandwich"], samples["fused_post_ff"])
+    return common.summarize([sandwich - post_ff for sandwich, post_ff in pairs])
+
+
 def op_markdown(record: Record) -> str:
     """Two tables, wall and kernel time, for each operation and width."""
     parts = [f"## Operations\n\n{headline(record)}"]
     for (op, hidden), rows in common.grouped(record["rows"], "op", "hidden").items():
-        lines = {
-            tokens: best(line, "wall_us") for tokens, line in common.grouped(rows, "tokens").items()
-        }
+        by_tokens = common.grouped(rows, "tokens")
+        lines = {tokens: best(line, "wall_us") for tokens, line in by_tokens.items()}
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
         base = "sum" if "sum" in names else "psum"
         fused = [name for name in names if name == "fused"]
+        derived = [f"{base} / {name}" for name in fused]
+        if op == "second_norm":
+            derived = ["second norm: fused_sandwich - fused_post_ff"]
         wall, kernel = [], []
         for tokens, line in lines.items():
             cells = [_wall(line.get(name), base == name == "psum") for name in names]
-            ratios = [faster(line.get(base), line.get(name)) for name in fused]
-            wall.append([str(tokens), *cells, *ratios])
+            last = [faster(line.get(base), line.get(name)) for name in fused]
+            if op == "second_norm":
+                cost = second_norm(by_tokens[tokens])
+                last = ["" if cost is None else f"{cost.median:.2f} ± {cost.spread:.2f}"]
+            wall.append([str(tokens), *cells, *last])
             cells = [_kernel(name, line.get(name), tokens, hidden, record) for name in names]
             kernel.append([str(tokens), *cells])
         titles = [LABELS.get(name, name) for name in names]
+        brackets = "; in brackets psum's best flag set" if "psum" in names else ""
         parts.append(
-            f"### {op}, D = {hidden}\n\nWall time, us a call; in brackets psum's best flag set.\n\n"
-            + common.table(["tokens", *titles, *(f"{base} / {name}" for name in fused)], wall)
+            f"### {op}, D = {hidden}\n\nWall time, us a call{brackets}.\n\n"
+            + common.table(["tokens", *titles, *derived], wall)
         )
         if any(timing.kernel for line in lines.values() for timing in line.values()):
             parts.append("Kernel time, us a call.\n\n" + common.table(["tokens", *titles], kernel))
@@ -230,6 +256,50 @@ def _rate(timing: Timing | None, tokens: int) -> str:
     return str(Spread(rate, rate * timing.wall.spread / timing.wall.median))
 
 
+def profile_markdown(record: Record) -> str:
+    """One column for each device of each trace."""
+    sides, walls = _sides(record), _walls(record)
+    columns = [(label, device) for label, side in sides.items() for device in side["devices"]]
+    rows = []
+
+    def add(title, cell):
+        cells = [cell(label, device) for label, device in columns]
+        rows.append([title, *("" if us is None else f"{us:.1f}" for us in cells)])
+
+    for kind in xplane.ORDER:
+        add(kind, lambda label, device, kind=kind: sides[label]["devices"][device][kind])
+        if kind in xplane.WAITING and any(side["without_waiting"] for side in sides.values()):
+            add(
+                f"{kind}, least over ranks",
+                lambda label, _, kind=kind: (sides[label]["without_waiting"] or {}).get(kind),
+            )
+    add("**sum**", lambda label, device: sum(sides[label]["devices"][device].values()))
+    if walls:
+        rows.append(["wall time, with CUDA graphs", *(str(walls[label]) for label, _ in columns)])
+    header = [
+        f"us a {record['unit']}",
+        *(f"{label}, {device.removeprefix('/device:')}" for label, device in columns),
+    ]
+    parts = [f"## {record['title']}{_headline_of_own_run(record)}", common.table(header, rows)]
+    return "\n\n".join([*parts, *_troubles(record)])
+
+
+def _sides(record: Record) -> dict[str, Any]:
+    """What profile_compare.compare made, in the order of the traces."""
+    return {label: record["comparison"][label] for label in record["labels"]}
+
+
+def _walls(record: Record) -> dict[str, Spread]:
+    """What a profile's own runs took in CUDA graphs."""
+    rows = [row for row in record["rows"] if "layer_us" in row]
+    return {row["implementation"]: common.summarize(row["layer_us"]) for row in rows}
+
+
+def _headline_of_own_run(record: Record) -> str:
+    """Empty for traces that were given."""
+    return f"\n\n{headline(record)}" if record["facts"] else ""
+
+
 def _panel(axes, title: str, ylabel: str) -> None:
     """The look of every panel: light, with a title for the y axis at the top left."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=22)
@@ -281,36 +351,48 @@ def _label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
 def op_plot(record: Record, path: Path) -> None:
     """Latency over tokens at the largest width, and speed-up over the best psum at every width.
 
-    Of the record's first operation.
+    Of the record's first operation, and what the second norm costs if that was measured.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    op, rows = next(iter(common.grouped(record["rows"], "op").items()))
-    table = {
-        hidden: {
-            tokens: best(line, "wall_us")
-            for tokens, line in common.grouped(lines, "tokens").items()
+    ops = common.grouped(record["rows"], "op")
+    norms = ops.pop("second_norm", [])
+    ratios = [1.25, 1] * bool(ops) + [0.8] * bool(norms)
+    figure = Figure(figsize=(5.6 * sum(ratios), 4.9), layout="constrained")
+    panels = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+    if ops:
+        op, rows = next(iter(ops.items()))
+        table = {
+            hidden: {
+                tokens: best(line, "wall_us")
+                for tokens, line in common.grouped(lines, "tokens").items()
+            }
+            for hidden, lines in common.grouped(rows, "hidden").items()
         }
-        for hidden, lines in common.grouped(rows, "hidden").items()
-    }
-    hidden = max(table)
-    tokens = sorted(table[hidden])
-    base = "psum" if record["facts"]["mode"] != "loopback" else "sum"
+        base = "psum" if record["facts"]["mode"] != "loopback" else "sum"
+        hidden = max(table)
+        _latency_panel(panels[0], f"{op}, D = {hidden:,}", base, table[hidden])
+        _speed_up_panel(panels[1], base, table)
+    if norms:
+        _second_norm_panel(panels[-1], norms)
+    figure.text(0.005, -0.03, headline(record) + ", bfloat16", fontsize=8, color="#777777")
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
 
-    figure = Figure(figsize=(12.5, 4.9), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+
+def _latency_panel(axes, title: str, base: str, lines: dict[int, dict[str, Timing]]) -> None:
+    tokens = sorted(lines)
     _panel(
-        left,
-        f"Latency of {op}, D = {hidden:,}",
+        axes,
+        f"Latency of {title}",
         "us a call: wall time in a JAX program (dots), kernel time (dashes)",
     )
-    _microsecond_axis(left)
+    _microsecond_axis(axes)
     ends = []
     for name in (base, "flashinfer norm + tail", "fused"):
-        points = [(t, table[hidden][t][name].wall) for t in tokens if name in table[hidden][t]]
+        points = [(t, lines[t][name].wall) for t in tokens if name in lines[t]]
         if points:
             x, y = [t for t, _ in points], [wall.median for _, wall in points]
-            left.fill_between(
+            axes.fill_between(
                 x,
                 [wall.median - wall.spread for _, wall in points],
                 [wall.median + wall.spread for _, wall in points],
@@ -319,28 +401,27 @@ def op_plot(record: Record, path: Path) -> None:
                 linewidth=0,
             )
             width = 2.4 if name == "fused" else 1.6
-            left.plot(x, y, "-o", color=COLORS[name], linewidth=width, markersize=4)
+            axes.plot(x, y, "-o", color=COLORS[name], linewidth=width, markersize=4)
             ends.append(
                 (x[-1], y[-1], LABELS[name] + (", best flags" * (name == "psum")), COLORS[name])
             )
     for name, dashes in (("fused", (5, 2)), ("flashinfer all-reduce", (5, 2)), ("wire", (1, 1.5))):
         points = [
-            (t, table[hidden][t][name].kernel)
-            for t in tokens
-            if name in table[hidden][t] and table[hidden][t][name].kernel
+            (t, lines[t][name].kernel) for t in tokens if name in lines[t] and lines[t][name].kernel
         ]
         if points:
             x, y = zip(*points)
             color = COLORS.get(name, COLORS["floor"])
-            left.plot(x, y, color=color, linewidth=1.2, dashes=dashes)
+            axes.plot(x, y, color=color, linewidth=1.2, dashes=dashes)
             ends.append((x[-1], y[-1], f"{LABELS[name]}, kernel", color))
-    _token_axis(left, tokens)
-    _label_ends(left, ends)
+    _token_axis(axes, tokens)
+    _label_ends(axes, ends)
 
-    _panel(right, f"{LABELS[base]} / fused", "speed-up over the best flag set" * (base == "psum"))
-    shades = ("#9cc4f5", "#5a9bea", "#0b62d6", "#0a3a80")
+
+def _speed_up_panel(axes, base: str, table: dict[int, dict[int, dict[str, Timing]]]) -> None:
+    _panel(axes, f"{LABELS[base]} / fused", "speed-up over the best flag set" * (base == "psum"))
     ends = []
-    for shade, width in zip(shades[-len(table) :], sorted(table)):
+    for shade, width in zip(SHADES[-len(table) :], sorted(table)):
         points = [
             (t, line[base].wall.median / line["fused"].wall.median)
             for t, line in sorted(table[width].items())
@@ -348,14 +429,32 @@ def op_plot(record: Record, path: Path) -> None:
         ]
         if points:
             x, y = zip(*points)
-            right.plot(x, y, "-o", color=shade, linewidth=1.8, markersize=4)
+            axes.plot(x, y, "-o", color=shade, linewidth=1.8, markersize=4)
             ends.append((x[-1], y[-1], f"D = {width:,}", shade))
-    right.axhline(1, color=COLORS["psum"], linewidth=1)
-    right.set_ylim(bottom=0)
-    _token_axis(right, tokens)
-    _label_ends(right, ends)
-    figure.text(0.005, -0.03, headline(record) + ", bfloat16", fontsize=8, color="#777777")
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    axes.axhline(1, color=COLORS["psum"], linewidth=1)
+    axes.set_ylim(bottom=0)
+    _token_axis(axes, sorted(table[max(table)]))
+    _label_ends(axes, ends)
+
+
+def _second_norm_panel(axes, rows: Sequence[dict[str, Any]]) -> None:
+    _panel(axes, "Second norm", "us a call: fused_sandwich - fused_post_ff")
+    widths = common.grouped(rows, "hidden")
+    ends, tokens = [], []
+    for shade, width in zip(SHADES[-len(widths) :], sorted(widths)):
+        costs = {
+            count: cost
+            for count, line in common.grouped(widths[width], "tokens").items()
+            if (cost := second_norm(line)) is not None
+        }
+        if costs:
+            tokens = sorted({*tokens, *costs})
+            y, spreads = zip(*costs.values())
+            axes.errorbar([*costs], y, spreads, fmt="-o", color=shade, linewidth=1.8, markersize=4)
+            ends.append((max(costs), y[-1], f"D = {width:,}", shade))
+    axes.axhline(0, color="#555555", linewidth=1)
+    _token_axis(axes, tokens)
+    _label_ends(axes, ends)
 
 
 def block_plot(record: Record, path: Path) -> None:
@@ -392,11 +491,76 @@ def block_plot(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
 
 
+def profile_plot(record: Record, path: Path) -> None:
+    """Timelines of the first device on one scale, over stacked bars of the same device."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.patches import Patch  # noqa: PLC0415
+
+    sides, walls = _sides(record), _walls(record)
+    sums = {label: next(iter(side["devices"].values())) for label, side in sides.items()}
+    longest = max(sum(times.values()) for times in sums.values())
+
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    timeline, bars = figure.subplots(2, 1, height_ratios=(1, 1.15))
+    for axes in (timeline, bars):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0, labelsize=11)
+        axes.tick_params(axis="x", labelsize=9)
+        axes.set_yticks(range(len(sides)), sides)
+        axes.set_ylim(len(sides) - 0.45, -0.55)
+    figure.suptitle(record["title"], x=0.008, ha="left", fontsize=13, fontweight="bold")
+
+    for y, label in enumerate(sides):
+        for kind, start, duration in record["timelines"][label]:
+            timeline.broken_barh(
+                [(start, duration)], (y - 0.32, 0.64), color=COLORS[kind], linewidth=0
+            )
+    timeline.set_xlim(0, record["window_us"])
+    timeline.set_xlabel("us of one GPU's time; white is idle", fontsize=9)
+
+    for y, (label, times) in enumerate(sums.items()):
+        left = 0.0
+        working = sides[label]["without_waiting"] or {}
+        for kind in xplane.ORDER:
+            width = times[kind]
+            if width == 0:
+                continue
+            edge = {"edgecolor": "#bbbbbb" if kind == xplane.IDLE else "white", "linewidth": 0.8}
+            bars.barh(y, width, left=left, height=0.62, color=COLORS[kind], **edge)
+            waits = width - min(width, working.get(kind, width))
+            if waits > 0.01 * width:
+                bars.barh(
+                    y, waits, left=left + width - waits, height=0.62, fill=False, hatch="////",
+                    edgecolor="white", linewidth=0,
+                )  # fmt: skip
+            if width > 0.045 * longest:
+                dark = kind in ("all-reduce", "fused tail")
+                bars.text(
+                    left + width / 2, y, f"{width:.1f}", ha="center", va="center", fontsize=10,
+                    color="white" if dark else "#333333",
+                )  # fmt: skip
+            left += width
+        wall = f"   (wall, in CUDA graphs: {walls[label]})" if label in walls else ""
+        bars.text(left, y, f"  {left:.1f}{wall}", va="center", fontsize=10)
+    bars.set_xlim(0, 1.32 * longest)
+    bars.set_xlabel(
+        f"us a {record['unit']}, kernel by kernel; hatched: more than the fastest rank needed",
+        fontsize=9,
+    )
+    shown = [kind for kind in xplane.ORDER if any(times[kind] for times in sums.values())]
+    handles = [Patch(facecolor=COLORS[kind], edgecolor="#bbbbbb", linewidth=0.4) for kind in shown]
+    figure.legend(handles, shown, loc="upper right", ncols=len(shown), frameon=False, fontsize=9.5)
+    footer = _headline_of_own_run(record).strip()
+    figure.text(0.005, -0.03, footer, fontsize=8, color="#777777")
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+
+
 #: Of each kind: its tables, and its picture if it has one.
 KINDS = {
     "op": (op_markdown, op_plot),
     "block": (block_markdown, block_plot),
     "model": (model_markdown, None),
+    "profile": (profile_markdown, profile_plot),
 }
 
 
@@ -406,7 +570,8 @@ def finish(kind: str, content: Record, directory: Path) -> None:
     record = read(path)
     print(markdown(record))
     print(f"\n{path}")
-    if not any(row.keys() & {"wall_us", "layer_us", "step_us"} for row in record["rows"]):
+    timed = any(row.keys() & {"wall_us", "layer_us", "step_us"} for row in record["rows"])
+    if not timed and "comparison" not in record:
         sys.exit("nothing was timed")
     if picture := plot(record, path.parent):
         print(picture)

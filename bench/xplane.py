@@ -143,8 +143,10 @@ def attribute(trace: Trace) -> dict[str, dict[str, float]]:
 def without_waiting(trace: Trace) -> dict[str, float] | None:
     """Microseconds of the WAITING classes with each kernel as short as on the fastest rank.
 
-    None if the devices ran different numbers of them.
+    None if there is one device, or they ran different numbers of them.
     """
+    if len(trace) == 1:
+        return None
     times = {}
     for kind in WAITING:
         durations = [
