@@ -218,7 +218,8 @@ ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const CallShape& call,
 
   for (PeerRecord& record : mine) {
     if (existing != nullptr) record.workspace = existing->front()->name();
-    CopyText(record.failure, no_stream.empty() ? FillFacts(call, &record) : no_stream);
+    const std::string failure = FillFacts(call, &record);
+    CopyText(record.failure, failure.empty() ? no_stream : failure);
   }
   if (Error error = exchange.AllGather(mine, &all); error.failure()) return error;
   if (Error error = Vote(all); error.failure()) return error;

@@ -53,12 +53,14 @@ def test_absent_rank_in_loopback(built, require_gpus, ranks, algorithm):
     assert ended.stdout == "all came\n", ended
     assert "JaxRuntimeError" in ended.stderr, ended
     groups = ", ".join(map(str, range(ranks)))
-    (waiting, missing) = re.search(
+    told = re.search(
         r"jax_gemma_arf: rank (\d) waited longer than the peer timeout for rank (\d) of its "
-        rf"replica group, in call \d+ \({algorithm}, 1 x \[40, 1536\] bfloat16 over groups "
-        rf"\[{groups}\]\) on CUDA device 0\.",
+        rf"replica group, in call \d+ \({algorithm}, 1 x \[40, 1536\] bfloat16 over {ranks} ranks, "
+        rf"0 next norms, to bfloat16; groups \[{groups}\]\) on CUDA device 0\.",
         ended.stderr,
-    ).groups()
+    )
+    assert told, ended
+    waiting, missing = told.groups()
     assert int(missing) == ranks - 1
     assert int(waiting) != ranks - 1
 

@@ -293,6 +293,7 @@ def test_multi_gpu_peer_dies(built, require_gpus):
     assert re.search(r"step [45] raised", survivor.stdout), survivor
     assert re.search(
         r"rank 0 waited longer than the peer timeout for rank 1 of its replica group, in call \d+ "
-        r"\(one_shot, 1 x \[1, 640\] bfloat16 over groups \[0, 1\]\)",
+        r"\(one_shot, 1 x \[1, 640\] bfloat16 over 2 ranks, 0 next norms, to bfloat16; "
+        r"groups \[0, 1\]\)",
         survivor.stderr,
     ), survivor
