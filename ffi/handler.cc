@@ -142,6 +142,10 @@ struct Call {
     const auto found = ready.find(device);
     return found == ready.end() ? nullptr : &found->second;
   }
+  bool HasBeenReady() {  // on some device
+    const std::lock_guard<std::mutex> lock(mutex);
+    return !ready.empty();
+  }
 };
 
 ffi::TypeId Call::id = {};
@@ -391,9 +395,23 @@ struct Collectives : ffi::internal::CollectivesExtensionBase<CommunicatorContext
 // XLA's default communicator for a group, which its own collectives use too.
 constexpr int64_t kCommunicationId = 0;
 
-Error PrepareMesh(CommunicatorContext collectives, Call* call) {
-  return collectives.RequestCommunicator(ffi::GroupMode::kFlattenedId, call->groups,
-                                         kCommunicationId);
+// A request costs XLA two microseconds, and one serves all calls of a run: what another call has
+// asked for in this run is not asked for again. That is kept by thread, since each device of a run
+// has one: acquiring makes them wait for each other.
+Error PrepareMesh(ffi::RunId run, CommunicatorContext collectives, Call* call) {
+  thread_local int64_t asked_in = -1;
+  thread_local Groups asked_for;
+  if (run.run_id != -1 && run.run_id == asked_in && call->groups == asked_for &&
+      call->HasBeenReady()) {
+    return Error::Success();
+  }
+  Error error =
+      collectives.RequestCommunicator(ffi::GroupMode::kFlattenedId, call->groups, kCommunicationId);
+  if (error.success()) {
+    asked_in = run.run_id;
+    asked_for = call->groups;
+  }
+  return error;
 }
 
 Error InitializeMesh(int32_t device, CommunicatorContext collectives, Call* call,
@@ -535,9 +553,11 @@ XLA_FFI_DEFINE_HANDLER(kInstantiateLoopback, InstantiateLoopback,
                            .Attr<std::string_view>("rendezvous")
                            .Attr<int64_t>("absent_rank"));
 
-XLA_FFI_DEFINE_HANDLER(
-    kPrepareMesh, PrepareMesh,
-    ffi::Ffi::BindPrepare().Ctx<ffi::Extension<Collectives>>().Ctx<ffi::State<Call>>());
+XLA_FFI_DEFINE_HANDLER(kPrepareMesh, PrepareMesh,
+                       ffi::Ffi::BindPrepare()
+                           .Ctx<ffi::RunId>()
+                           .Ctx<ffi::Extension<Collectives>>()
+                           .Ctx<ffi::State<Call>>());
 
 XLA_FFI_DEFINE_HANDLER(kInitializeMesh, InitializeMesh,
                        ffi::Ffi::BindInitialize()

@@ -56,7 +56,7 @@ def test_absent_rank_in_loopback(built, require_gpus, ranks, algorithm):
     told = re.search(
         r"jax_gemma_arf: rank (\d) waited longer than the peer timeout for rank (\d) of its "
         rf"replica group, in call \d+ \({algorithm}, 1 x \[40, 1536\] bfloat16 over {ranks} ranks, "
-        rf"0 next norms, to bfloat16; groups \[{groups}\]\) on CUDA device 0\.",
+        rf"1 next norms, to bfloat16; groups \[{groups}\]\) on CUDA device 0\.",
         ended.stderr,
     )
     assert told, ended
