@@ -154,11 +154,10 @@ def copy_bandwidth(mesh: jax.sharding.Mesh) -> float:
 
 def machine() -> dict[str, Any]:
     """Where a record was taken, without starting JAX: GPUs, driver, versions, commit, settings."""
-    query = "name,driver_version,memory.total"
-    gpus = [
-        line.split(", ")
-        for line in _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-    ]
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible}")
+    gpus = [line.split(", ") for line in _output(*command)]
     names = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-nccl-cu13", "numpy")
     return {
         "gpus": [gpu[0] for gpu in gpus],
