@@ -155,7 +155,7 @@ def copy_bandwidth(mesh: jax.sharding.Mesh) -> float:
 def machine() -> dict[str, Any]:
     """Where a record was taken, without starting JAX: GPUs, driver, versions, commit, settings."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         command.append(f"--id={visible}")
     gpus = [line.split(", ") for line in _output(*command)]
     names = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-nccl-cu13", "numpy")

@@ -39,8 +39,9 @@ run_stress() {
 }
 run_sanitize() {
   local tool
-  for tool in memcheck racecheck initcheck; do
-    step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 tests/sanitize.py
+  for tool in memcheck racecheck initcheck synccheck; do
+    step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kns=FusedTail \
+      python3 tests/sanitize.py
   done
 }
 run_op() {  # loopback where there is one GPU, here and below

@@ -451,8 +451,8 @@ class Bench:
         contenders = {contender.name: contender for contender in line.contenders}
         names = [*contenders, *self.again(contenders)]
         for turn in [names] if config.op == "second_norm" else [[name] for name in names]:
-            row = {**config._asdict(), "links": config.links, "flag_set": self.flag_set}
-            rows: list[dict[str, Any]] = [row | {"implementation": name} for name in turn]
+            what = {**config._asdict(), "links": config.links, "flag_set": self.flag_set}
+            rows: list[dict[str, Any]] = [what | {"implementation": name} for name in turn]
             try:
                 calls = []
                 for row in rows:

@@ -52,7 +52,7 @@ struct Operand {
 // scale_offset is added; no residual is 0, no layer_scalar is 1.
 struct Tail {
   // [hidden] each: scale; with two branches then branch_scale; then next_scale.
-  Operand scales[1 + kMaxBranches + kMaxNextNorms];
+  Operand scales[OwnScales(kMaxBranches) + kMaxNextNorms];
   Operand residual;      // [tokens, hidden], or data == nullptr
   Operand layer_scalar;  // one element, or data == nullptr
   int next_norms;

@@ -1,9 +1,5 @@
-"""A small selection of loopback calls, a few seconds' worth, to run under compute-sanitizer:
-
-for tool in memcheck racecheck initcheck synccheck; do
-  compute-sanitizer --tool $tool --error-exitcode 1 --kernel-name kns=FusedTail \\
-    python tests/sanitize.py
-done
+"""A small selection of loopback calls, a few seconds' worth, for compute-sanitizer: bench/gpu.sh
+sanitize runs them under each of its tools.
 
 The ranks' kernels wait for each other, so they must run at the same time, as by default; with
 --force-blocking-launches the first of them ends after the peer timeout.
