@@ -244,9 +244,10 @@ def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Itera
 
 def _machine_objections(client: object | None) -> Iterator[str]:
     """What speaks against it on these devices."""
-    if client is None:
+    if client is None or _compile_only(client):
         if (missing := extension.why_missing()) is not None:
             yield missing
+    if client is None:
         return
     facts = device_facts(client)
     if facts.platform != "gpu":
@@ -260,11 +261,16 @@ def _machine_objections(client: object | None) -> Iterator[str]:
         yield f"devices must be alike, got {', '.join(facts.kinds)}"
 
 
+def _compile_only(client: object) -> bool:
+    """Whether the client's devices are those of jax.experimental.topologies, which run nothing."""
+    return type(client).__name__ == "CompileOnlyPyClient"
+
+
 def _process_objections(
     client: object | None, mesh: AnyMesh, names: tuple[str, ...]
 ) -> Iterator[str]:
     """What speaks against it in any of the processes that hold the devices."""
-    if client is None:
+    if client is None or _compile_only(client):
         return
     owners = device_facts(client).processes
     known = processes.known(len(set(owners)))
