@@ -31,12 +31,14 @@ COPIED = (
     "typeguard",
 )
 
-# Modules that are imported, but not used by a model.
-STAND_INS = (
+# Registers classes of grain, so it cannot be imported where grain is a stand-in.
+REPLACED = ("kauldron.data.iterators.pygrain_handler",)
+
+# Modules that are imported, but not used by a model. Where they are installed, they are used.
+MISSING = (
     "IPython",
     "cv2",
     "grain",
-    "kauldron.data.iterators.pygrain_handler",  # registers classes of grain
     "matplotlib",
     "mediapy",
     "pandas",
@@ -53,8 +55,6 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-
-PACKAGES = {STAND_INS!r}
 
 
 class _Anything:
@@ -90,8 +90,11 @@ class _StandIn(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, modules):
+        self.modules = modules
+
     def find_spec(self, name, path=None, target=None):
-        if any(name == package or name.startswith(package + ".") for package in PACKAGES):
+        if any(name == package or name.startswith(package + ".") for package in self.modules):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -102,7 +105,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-sys.meta_path.insert(0, _Finder())
+sys.meta_path.insert(0, _Finder({REPLACED!r}))
+sys.meta_path.append(_Finder({MISSING!r}))
 '''
 
 CHECK = """

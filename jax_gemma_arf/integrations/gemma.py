@@ -14,15 +14,19 @@ outside, sharded over the vocabulary by the compiler.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from gemma.gm.nn import _layers as _gemma3_layers
 from gemma.gm.nn import _modules as _gemma3_modules
 from gemma.gm.nn import _transformer as _gemma3
 from gemma.gm.nn.gemma3n import _transformer as _gemma3n
+from gemma.gm.nn.gemma4 import _layers as _gemma4_layers
+from gemma.gm.nn.gemma4 import _modules as _gemma4_modules
 from gemma.gm.nn.gemma4 import _transformer as _gemma4
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -32,6 +36,10 @@ from kauldron import kd
 from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_ff, fused_sandwich
 from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
+from jax_gemma_arf.vocabulary import lookup
+
+_EINSUMS = (_gemma3_layers.Einsum, _gemma4_layers.Einsum)
+_EMBEDDERS = (_gemma3_modules.Embedder, _gemma4_modules.Embedder)
 
 # scale_offset of each family: Gemma 2 and 3 store w for a scale of 1 + w. _transformer.Transformer
 # is the base of both, and of Gemma 3n, whose blocks are built otherwise.
@@ -212,10 +220,14 @@ def _subclass(cls: type) -> type:
                 axis = 1 if getattr(self.config, "transpose_gating_einsum", True) else 2
             return P(*(None,) * axis, self.tp_axes)
 
-        def cache_spec(self, path: tuple[str, ...]) -> P:
+        def batch_spec(self, batch: int) -> P:
+            """Of an array whose first axis is a batch; one that the axes do not divide is whole."""
+            return P(self.batch_axes) if batch % group_size(self.mesh, self.batch_axes) == 0 else P(None)
+
+        def cache_spec(self, path: tuple[str, ...], batch: int) -> P:
             """Of the array at path in a cache: KV heads [B, S, K, H], positions or lengths."""
             heads = (None, self.tp_axes) if path[-1] in ("k", "v") else ()
-            return P(self.batch_axes, *heads)
+            return P(*self.batch_spec(batch), *heads)
 
         def apply(self, variables, *args, **kwargs):
             _check_placement(self, variables.get("params", {}))
@@ -231,9 +243,17 @@ def _subclass(cls: type) -> type:
                 layer.update({name: jnp.repeat(layer[name], copies, axis=2) for name in ("k", "v")})
             if sharding is None:
                 sharding = jax.tree.map_with_path(
-                    lambda path, _: NamedSharding(self.mesh, self.cache_spec(_keys(path))), cache
+                    lambda path, _: NamedSharding(
+                        self.mesh, self.cache_spec(_keys(path), batch_size)
+                    ),
+                    cache,
                 )
             return kd.sharding.with_sharding_constraint(cache, sharding)
+
+        @functools.wraps(cls.__call__)
+        def __call__(self, *args, **kwargs):
+            with nn.intercept_methods(functools.partial(_vocabulary_parallel, self)):
+                return super().__call__(*args, **kwargs)
 
         def _apply_attention(self, inputs, cache):
             if self.is_initializing():
@@ -301,13 +321,71 @@ def _layers(model) -> list[_Layer]:
     return layers
 
 
+def _vocabulary_parallel(model, method, args, kwargs, context):
+    """Runs the embedder's lookups and logits on the rows of the table that each rank holds."""
+    embedder, name = context.module, context.method_name
+    if model.is_initializing() or not isinstance(embedder, _EMBEDDERS):
+        return method(*args, **kwargs)
+    if name == "encode":
+        table = embedder.input_embedding_table
+        (tokens,) = args
+        x = _lookup_on_mesh(model, ("embedder", "input_embedding"), table, tokens)
+        return x * jnp.sqrt(embedder.embed_dim).astype(x.dtype)
+    if name == "decode":
+        (x,) = args
+        return _logits_on_mesh(model, embedder.input_embedding_table, x)
+    if name == "encode_per_layer_input":
+        return _per_layer_input(model, embedder, method, *args, **kwargs)
+    return method(*args, **kwargs)
+
+
+def _per_layer_input(model, embedder, method, x, tokens, ignore_ple_tokens=False):
+    """E2B's and E4B's inputs of each layer: (what the official one makes of x + rows) / sqrt(2)."""
+    single = x.shape[0] * x.shape[1] == 1  # as in _run_blocks
+    projected = method(_two_rows(x) if single else x, tokens, ignore_ple_tokens=True)[: len(x)]
+    if ignore_ple_tokens:
+        return projected
+    tokens = jnp.where((tokens >= 0) & (tokens < embedder.vocab_size), tokens, 0)
+    table = embedder.per_layer_input_embedding_table
+    rows = _lookup_on_mesh(model, ("embedder", "per_layer_embeddings"), table, tokens)
+    rows *= jnp.sqrt(embedder.per_layer_input_dim).astype(rows.dtype)
+    return (projected + rows) * jax.lax.rsqrt(2.0).astype(projected.dtype)
+
+
+def _lookup_on_mesh(model, path, table, tokens):
+    spec = model.param_spec(path, table.shape)
+    find = functools.partial(lookup, axis_name=model.tp_axes) if spec else lambda t, ids: t[ids]
+    batch = model.batch_spec(tokens.shape[0])
+    return jax.shard_map(find, mesh=model.mesh, in_specs=(spec, batch), out_specs=batch)(
+        table, tokens
+    )
+
+
+def _logits_on_mesh(model, table, x):
+    """[..., V], split over the vocabulary."""
+    spec = model.param_spec(("embedder", "input_embedding"), table.shape)
+    batch = model.batch_spec(x.shape[0])
+
+    def logits(table, x):
+        padded = _two_rows(x) if x.size == x.shape[-1] else x  # as in _run_blocks
+        return jnp.dot(padded, table.T)[: len(x)]
+
+    return jax.shard_map(
+        logits,
+        mesh=model.mesh,
+        in_specs=(spec, batch),
+        out_specs=P(*batch, *(None,) * (x.ndim - 1 - len(batch)), *(spec or (None,))),
+    )(table, x)
+
+
 def _run_blocks_on_mesh(model, inputs, cache):
     """Blocks and final norm: what _apply_attention returns, from the inputs that it takes."""
     params = model.variables["params"]
     params = {key: params[key] for key in params if key.startswith(("layer_", "final_norm"))}
     _check_cache(model, cache)
-    batch = P(model.batch_axes)
-    cache_specs = jax.tree.map_with_path(lambda path, _: model.cache_spec(_keys(path)), cache)
+    size = inputs.embeddings.shape[0]
+    batch = model.batch_spec(size)
+    cache_specs = jax.tree.map_with_path(lambda path, _: model.cache_spec(_keys(path), size), cache)
     in_specs = (
         jax.tree.map_with_path(lambda path, a: model.param_spec(_keys(path), a.shape), params),
         jax.tree.map(lambda _: batch, inputs),
@@ -332,29 +410,74 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
     old_cache, new_cache = cache or {}, {}
     next_scales = [params[f"layer_{i}"]["pre_attention_norm"]["scale"] for i in range(len(layers))]
     next_scales.append(params["final_norm"]["scale"])
+    batch, tokens = inputs.positions.shape
+    # Computed once for all layers; XLA would do it again in each.
+    per_layer_inputs = jax.lax.optimization_barrier(getattr(inputs, "per_layer_inputs", None))
     h = inputs.embeddings
+    if batch * tokens == 1:
+        # XLA makes a reduction of a matmul with one row, which is slower on GPUs than its matmul
+        # with two. The second row is of zeros, and stays so.
+        h, per_layer_inputs = _two_rows((h, per_layer_inputs))
     normed = rmsnorm(h, next_scales[0], scale_offset=tail["scale_offset"])
     for i, layer in enumerate(layers):
         name = f"layer_{i}"
         p = params[name]
         mask = getattr(inputs, layer.mask, None)
         shared = {} if layer.kv_source is None else {"kv_shared_cache": new_cache[layer.kv_source]}
-        new_cache[name], attended = layer.attention.apply(
-            {"params": _own_kv_heads(p["attn"], layer.attention.num_kv_heads, axis_name)},
-            normed,
-            inputs.positions,
-            old_cache.get(name),
-            inputs.attention_mask if mask is None else mask,
-            **shared,
-        )
+        with nn.intercept_methods(_attention_matmuls(normed, batch, bool(shared))):
+            layer_cache, attended = layer.attention.apply(
+                {"params": _own_kv_heads(p["attn"], layer.attention.num_kv_heads, axis_name)},
+                normed[:batch],
+                inputs.positions,
+                old_cache.get(name),
+                inputs.attention_mask if mask is None else mask,
+                **shared,
+            )
+        if layer.kv_source is not None and cache is not None:
+            # Nothing reads the keys and values of a layer that borrows its own. Returning what it
+            # borrowed, as the official model does, would copy them in every step of a loop.
+            layer_cache = old_cache[name] | {"end_index": layer_cache["end_index"]}
+        new_cache[name] = layer_cache
         feed_forward = _dense_half if layer.experts is None else _moe_half
-        per_layer_inputs = getattr(inputs, "per_layer_inputs", None)
         per_layer_input = None if per_layer_inputs is None else per_layer_inputs[..., i, :]
-        h, normed = feed_forward(layer, p, attended, h, per_layer_input, next_scales[i + 1], tail)
-    return normed, None if cache is None else new_cache
+        h, normed = feed_forward(
+            layer, p, attended, h, batch, per_layer_input, next_scales[i + 1], tail
+        )
+    return normed[:batch], None if cache is None else new_cache
 
 
-def _dense_half(layer, p, attended, h, per_layer_input, next_scale, tail):
+def _two_rows(tree):
+    """Arrays with one row along their first axis, and a second one of zeros."""
+    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), tree)
+
+
+def _attention_matmuls(x, batch, shares_kv):
+    """Returns an interceptor that runs the attention's projections as XLA compiles them best.
+
+    Args:
+      x: [B, T, D], their input, which has a row of padding where the batch is one of one token.
+      batch: the number of rows without padding, which is all that the rest of the attention sees.
+      shares_kv: whether the layer has keys and values of another one.
+    """
+
+    def project(method, args, kwargs, context):
+        if not isinstance(context.module, _EINSUMS):
+            return method(*args, **kwargs)
+        equation, operand = args
+        if context.module.name == "attn_vec_einsum":
+            return method(equation, operand if len(x) == batch else _two_rows(operand))
+        if context.module.name == "q_einsum" and shares_kv and x.shape[1] == 1:
+            # XLA would transpose this weight in memory, in every step, but for a batch of heads.
+            heads = context.module.shape[0]
+            out = method("NBTD,NDH->BTNH", jnp.broadcast_to(x, (heads, *x.shape)))
+        else:
+            out = method(equation, x)
+        return jax.lax.slice_in_dim(out, 0, batch, axis=equation.partition("->")[2].index("B"))
+
+    return project
+
+
+def _dense_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
     """A block from its attention's partial sums on: (output, output normed by next_scale)."""
     h, normed = fused_sandwich(
         attended,
@@ -376,7 +499,7 @@ def _dense_half(layer, p, attended, h, per_layer_input, next_scale, tail):
     return h, rmsnorm(h, next_scale)
 
 
-def _moe_half(layer, p, attended, h, per_layer_input, next_scale, tail):
+def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
     """As _dense_half, with a dense branch, mlp2, and an expert branch, mlp."""
     del per_layer_input  # no model has both
     h, (normed, experts_normed) = fused_sandwich(
@@ -386,9 +509,14 @@ def _moe_half(layer, p, attended, h, per_layer_input, next_scale, tail):
         next_norm_scale=(p["pre_ffw2_norm"]["scale"], p["pre_ffw_norm"]["scale"]),
         **tail,
     )
+    # Newer releases of the package route by the stream, not by its norm.
+    takes_stream = "unnormalized_x" in inspect.signature(type(layer.experts).__call__).parameters
+    router_input = {"unnormalized_x": h[:batch]} if takes_stream else {}
+    with nn.intercept_methods(_chosen_experts):
+        experts = layer.experts.apply({"params": p["mlp"]}, experts_normed[:batch], **router_input)
     return fused_moe_tail(
         layer.mlp.apply({"params": p["mlp2"]}, normed),
-        layer.experts.apply({"params": p["mlp"]}, experts_normed),
+        experts if batch == len(h) else _two_rows(experts),
         h,
         p["post_ffw2_norm"]["scale"],
         p["post_ffw1_norm"]["scale"],
@@ -397,6 +525,24 @@ def _moe_half(layer, p, attended, h, per_layer_input, next_scale, tail):
         next_norm_scale=next_scale,
         **tail,
     )
+
+
+def _chosen_experts(method, args, kwargs, context):
+    """Reads the weights of the chosen experts alone, where few tokens choose.
+
+    ``ragged_dot``, which the official module uses, reads those of all experts.
+    """
+    module = context.module
+    if context.method_name != "_run_ffw_and_routing":
+        return method(*args, **kwargs)
+    x, choices, weights = args  # [B, T, D], [B, T, K], [B, T, experts]
+    if choices.size >= module.num_experts:
+        return method(*args, **kwargs)
+    gate, up = jnp.einsum("btd,btkchd->cbtkh", x, module.gating_einsum()[choices])
+    out = jnp.einsum("btkh,btkhd->btkd", nn.gelu(gate) * up, module.linear()[choices])
+    out *= module.per_expert_scale.astype(out.dtype)[choices][..., None]
+    weights = jnp.take_along_axis(weights, choices, axis=-1)
+    return jnp.einsum("btkd,btk->btd", out, weights, preferred_element_type=out.dtype)
 
 
 def _own_kv_heads(attn, local_heads: int, axis_name):
