@@ -21,11 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from gemma.gm.nn import _layers as _gemma3_layers
 from gemma.gm.nn import _modules as _gemma3_modules
 from gemma.gm.nn import _transformer as _gemma3
 from gemma.gm.nn.gemma3n import _transformer as _gemma3n
-from gemma.gm.nn.gemma4 import _layers as _gemma4_layers
 from gemma.gm.nn.gemma4 import _modules as _gemma4_modules
 from gemma.gm.nn.gemma4 import _transformer as _gemma4
 from jax.core import Tracer
@@ -33,12 +31,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kauldron import kd
 
+from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
 from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_ff, fused_sandwich
 from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
 from jax_gemma_arf.vocabulary import lookup
 
-_EINSUMS = (_gemma3_layers.Einsum, _gemma4_layers.Einsum)
+# Up to how many tokens reading all experts' weights takes longer than multiplying all tokens by them.
+_FEW_TOKENS = 256
 _EMBEDDERS = (_gemma3_modules.Embedder, _gemma4_modules.Embedder)
 
 # scale_offset of each family: Gemma 2 and 3 store w for a scale of 1 + w. _transformer.Transformer
@@ -411,32 +411,36 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
     next_scales = [params[f"layer_{i}"]["pre_attention_norm"]["scale"] for i in range(len(layers))]
     next_scales.append(params["final_norm"]["scale"])
     batch, tokens = inputs.positions.shape
-    # Computed once for all layers; XLA would do it again in each.
-    per_layer_inputs = jax.lax.optimization_barrier(getattr(inputs, "per_layer_inputs", None))
-    h = inputs.embeddings
-    if batch * tokens == 1:
+    h, per_layer_inputs = inputs.embeddings, getattr(inputs, "per_layer_inputs", None)
+    if batch * tokens == 1 and cache is not None:
         # XLA makes a reduction of a matmul with one row, which is slower on GPUs than its matmul
-        # with two. The second row is of zeros, and stays so.
+        # with two. Both rows are equal, and stay so.
         h, per_layer_inputs = _two_rows((h, per_layer_inputs))
+    # Else XLA would undo the repetition, and compute the inputs of each layer in that layer.
+    h, per_layer_inputs = jax.lax.optimization_barrier((h, per_layer_inputs))
     normed = rmsnorm(h, next_scales[0], scale_offset=tail["scale_offset"])
     for i, layer in enumerate(layers):
         name = f"layer_{i}"
         p = params[name]
         mask = getattr(inputs, layer.mask, None)
-        shared = {} if layer.kv_source is None else {"kv_shared_cache": new_cache[layer.kv_source]}
-        with nn.intercept_methods(_attention_matmuls(normed, batch, bool(shared))):
-            layer_cache, attended = layer.attention.apply(
-                {"params": _own_kv_heads(p["attn"], layer.attention.num_kv_heads, axis_name)},
-                normed[:batch],
-                inputs.positions,
-                old_cache.get(name),
-                inputs.attention_mask if mask is None else mask,
-                **shared,
+        if mask is None:
+            mask = inputs.attention_mask
+        attention, layer_cache = layer.attention, old_cache.get(name)
+        shared = None if layer.kv_source is None else new_cache[layer.kv_source]
+        weights = _own_kv_heads(p["attn"], attention.num_kv_heads, axis_name)
+        if tokens == 1 and layer_cache is not None:
+            layer_cache, attended = decode_attention(
+                attention, weights, normed, inputs.positions, layer_cache, mask, shared
             )
-        if layer.kv_source is not None and cache is not None:
-            # Nothing reads the keys and values of a layer that borrows its own. Returning what it
-            # borrowed, as the official model does, would copy them in every step of a loop.
-            layer_cache = old_cache[name] | {"end_index": layer_cache["end_index"]}
+        else:
+            layer_cache, attended = attention.apply(
+                {"params": weights},
+                normed,
+                inputs.positions,
+                layer_cache,
+                mask,
+                **({} if shared is None else {"kv_shared_cache": shared}),
+            )
         new_cache[name] = layer_cache
         feed_forward = _dense_half if layer.experts is None else _moe_half
         per_layer_input = None if per_layer_inputs is None else per_layer_inputs[..., i, :]
@@ -447,34 +451,8 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
 
 
 def _two_rows(tree):
-    """Arrays with one row along their first axis, and a second one of zeros."""
-    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), tree)
-
-
-def _attention_matmuls(x, batch, shares_kv):
-    """Returns an interceptor that runs the attention's projections as XLA compiles them best.
-
-    Args:
-      x: [B, T, D], their input, which has a row of padding where the batch is one of one token.
-      batch: the number of rows without padding, which is all that the rest of the attention sees.
-      shares_kv: whether the layer has keys and values of another one.
-    """
-
-    def project(method, args, kwargs, context):
-        if not isinstance(context.module, _EINSUMS):
-            return method(*args, **kwargs)
-        equation, operand = args
-        if context.module.name == "attn_vec_einsum":
-            return method(equation, operand if len(x) == batch else _two_rows(operand))
-        if context.module.name == "q_einsum" and shares_kv and x.shape[1] == 1:
-            # XLA would transpose this weight in memory, in every step, but for a batch of heads.
-            heads = context.module.shape[0]
-            out = method("NBTD,NDH->BTNH", jnp.broadcast_to(x, (heads, *x.shape)))
-        else:
-            out = method(equation, x)
-        return jax.lax.slice_in_dim(out, 0, batch, axis=equation.partition("->")[2].index("B"))
-
-    return project
+    """Repeats arrays with one row along their first axis."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape[1:])), tree)
 
 
 def _dense_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
@@ -511,12 +489,12 @@ def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
     )
     # Newer releases of the package route by the stream, not by its norm.
     takes_stream = "unnormalized_x" in inspect.signature(type(layer.experts).__call__).parameters
-    router_input = {"unnormalized_x": h[:batch]} if takes_stream else {}
-    with nn.intercept_methods(_chosen_experts):
-        experts = layer.experts.apply({"params": p["mlp"]}, experts_normed[:batch], **router_input)
+    router_input = {"unnormalized_x": h} if takes_stream else {}
+    with nn.intercept_methods(functools.partial(_experts_of_few_tokens, batch)):
+        experts = layer.experts.apply({"params": p["mlp"]}, experts_normed, **router_input)
     return fused_moe_tail(
         layer.mlp.apply({"params": p["mlp2"]}, normed),
-        experts if batch == len(h) else _two_rows(experts),
+        experts,
         h,
         p["post_ffw2_norm"]["scale"],
         p["post_ffw1_norm"]["scale"],
@@ -527,22 +505,36 @@ def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
     )
 
 
-def _chosen_experts(method, args, kwargs, context):
-    """Reads the weights of the chosen experts alone, where few tokens choose.
+def _experts_of_few_tokens(batch, method, args, kwargs, context):
+    """Runs the experts of the official module without its ``ragged_dot``, where tokens are few.
 
-    ``ragged_dot``, which the official module uses, reads those of all experts.
+    On GPUs XLA transposes the weights of all experts in memory for it. Fewer choices than there are
+    experts read the weights of the chosen ones; more read those of all, once.
+
+    Args:
+      batch: the number of rows to compute; a second one is the first again.
+      method, args, kwargs, context: of an interceptor.
     """
+    if context.method_name != "_run_ffw_and_routing" or args[0].shape[1] * batch > _FEW_TOKENS:
+        return method(*args, **kwargs)
     module = context.module
-    if context.method_name != "_run_ffw_and_routing":
-        return method(*args, **kwargs)
-    x, choices, weights = args  # [B, T, D], [B, T, K], [B, T, experts]
-    if choices.size >= module.num_experts:
-        return method(*args, **kwargs)
-    gate, up = jnp.einsum("btd,btkchd->cbtkh", x, module.gating_einsum()[choices])
-    out = jnp.einsum("btkh,btkhd->btkd", nn.gelu(gate) * up, module.linear()[choices])
-    out *= module.per_expert_scale.astype(out.dtype)[choices][..., None]
-    weights = jnp.take_along_axis(weights, choices, axis=-1)
-    return jnp.einsum("btkd,btk->btd", out, weights, preferred_element_type=out.dtype)
+    x, choices, weights = (array[:batch] for array in args)  # [B, T, D], [B, T, K], [B, T, experts]
+    gating, linear, scale = module.gating_einsum(), module.linear(), module.per_expert_scale
+    if choices.size < module.num_experts:
+        # Written as a sum, into which XLA fuses the gather; a matmul would read a copy.
+        products = x[:, :, None, None, None].astype(jnp.float32) * gating[choices]
+        gate, up = jnp.moveaxis(jnp.sum(products, axis=-1).astype(x.dtype), 3, 0)
+        out = jnp.einsum("btkh,btkhd->btkd", nn.gelu(gate) * up, linear[choices])
+        weights = jnp.take_along_axis(weights, choices, axis=-1)
+        weights *= scale.astype(weights.dtype)[choices]
+        out = jnp.einsum("btkd,btk->btd", out, weights, preferred_element_type=x.dtype)
+    else:
+        chosen = jax.nn.one_hot(choices, module.num_experts, dtype=weights.dtype).sum(axis=-2)
+        weights = weights * chosen * scale.astype(weights.dtype)
+        gate, up = jnp.einsum("btd,echd->cbteh", x, gating)
+        activations = (nn.gelu(gate) * up * weights[..., None]).astype(x.dtype)
+        out = jnp.einsum("bteh,ehd->btd", activations, linear)
+    return jnp.broadcast_to(out, args[0].shape)
 
 
 def _own_kv_heads(attn, local_heads: int, axis_name):
