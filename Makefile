@@ -31,8 +31,15 @@ build: $(BIN)/python
 	rm -f $(VENV)/.built
 	$(MAKE) setup
 
-test: $(VENV)/.extra-test
+test: $(VENV)/.extra-test build/cuda_plugin
 	$(BIN)/pytest
+
+# JAX's CUDA plugin, for tests that compile for GPUs. Apart, since JAX would look for a GPU with it.
+build/cuda_plugin: $(VENV)/.extra-test
+	rm -rf $@
+	version=$$($(BIN)/python -c "import jax; print(jax.__version__)"); \
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ \
+		jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 
 demo: setup
 	$(BIN)/python examples/demo.py

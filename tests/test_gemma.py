@@ -34,6 +34,11 @@ def lowered(variant: str, mesh, platform: str, implementation=None) -> str:
     return apply.trace(params, tokens).lower(lowering_platforms=(platform,)).as_text()
 
 
+def lookups(variant: str) -> int:
+    """How many tables a model looks its tokens up in, with an all-reduce each."""
+    return 2 if variant == "E2B" else 1
+
+
 def row_norms(text: str) -> int:
     """How many RMSNorms over D there are: one rsqrt a token, unlike those over heads."""
     return len(re.findall(rf"rsqrt .*tensor<{sizes.BATCH}x{sizes.TOKENS}x1xb?f\d+>", text))
@@ -41,11 +46,11 @@ def row_norms(text: str) -> int:
 
 @all_variants
 def test_two_calls_a_layer(variant, mesh, built):
-    """Compiled for CUDA, a layer is two launches, without an all-reduce or a norm of its own."""
+    """Lowered for CUDA, a layer is two launches, without an all-reduce or a norm of its own."""
     text = lowered(variant, mesh, "cuda", "cuda")
     layers = sizes.LAYERS[variant]
     assert text.count(f"@{lowering.MESH_TARGET}") == 2 * layers
-    assert "all_reduce" not in text
+    assert text.count("stablehlo.all_reduce") == lookups(variant)
     # The norm before the first layer. E2B's per-layer branch has a norm, and moves the next one out
     # of the fused call; the experts' router has one.
     assert row_norms(text) == 1 + {"E2B": 2, "26B": 1}.get(variant, 0) * layers
@@ -53,11 +58,48 @@ def test_two_calls_a_layer(variant, mesh, built):
 
 @all_variants
 def test_all_reduces_without_the_kernel(variant, mesh):
-    """One for each site, and for the second branch of an MoE layer."""
+    """One for each site, for the second branch of an MoE layer, and for each lookup."""
     text = lowered(variant, mesh, "cpu")
-    layers = sizes.LAYERS[variant]
-    assert text.count("stablehlo.all_reduce") == (3 if variant == "26B" else 2) * layers
+    tails = (3 if variant == "26B" else 2) * sizes.LAYERS[variant]
+    assert text.count("stablehlo.all_reduce") == tails + lookups(variant)
     assert row_norms(text) >= 4 * layers
+
+
+@all_variants
+def test_tables_are_used_in_parts(variant, mesh):
+    """No lookup or matmul takes a whole table, so the compiler has none to gather."""
+    text = lowered(variant, mesh, "cuda", "cuda")
+    taken = [
+        operands
+        for operands in re.findall(r"stablehlo\.(?:gather|dot_general).* : \(([^)]*)\)", text)
+        if re.search(rf"tensor<({sizes.VOCAB}|{sizes.VOCAB // 2})x", operands)
+    ]
+    assert len(taken) == lookups(variant) + 1
+    assert not any(f"tensor<{sizes.VOCAB}x" in operands for operands in taken)
+
+
+@pytest.mark.parametrize("variant", ["31B", "E2B"])
+@pytest.mark.parametrize("vocabulary", [sizes.VOCAB, sizes.VOCAB - 1], ids=["divided", "whole"])
+def test_token_ids(variant, vocabulary, mesh):
+    """Ids out of range count from the end or are clamped, as in the official model, also where the
+    ranks do not divide the vocabulary."""
+    official = gemma_models.official(variant, num_embed=vocabulary)
+    model = tensor_parallel(official, mesh)
+    host = gemma_models.params(variant)
+    host["embedder"] = {
+        name: leaf[:vocabulary] if "embedding" in name else leaf
+        for name, leaf in host["embedder"].items()
+    }
+    params = jax.device_put(host, param_shardings(model, host))
+    spec = params["embedder"]["input_embedding"].sharding.spec
+    assert spec == (P(("tp",)) if vocabulary == sizes.VOCAB else P())
+    tokens = np.array([[1, 31, 32, -1, -2, 62], [63, 64, 70, 1 << 20, -70, 5]], np.int32)
+    found, expected = (
+        model.apply({"params": p}, tokens, return_hidden_states=True)
+        for model, p in ((model, params), (official, host))
+    )
+    assert off(np.asarray(found.hidden_states), np.asarray(expected.hidden_states)) < 2e-5
+    assert off(np.asarray(found.logits), np.asarray(expected.logits)) < 2e-5
 
 
 @all_variants

@@ -55,7 +55,7 @@ def attend(
         write = _write_rows if gemma4 else _write_slice
         new = {"k": key, "v": value, "positions": positions}
         kv = {name: write(cache[name], array, cache["end_index"]) for name, array in new.items()}
-        cache |= kv
+        cache = cache | kv
     if attention.attn_type.name == "LOCAL_SLIDING":
         distance = kv["positions"][:, None, :] - positions[:, :, None]
         mask &= jnp.abs(distance) < attention.sliding_window_size

@@ -222,7 +222,8 @@ def _subclass(cls: type) -> type:
 
         def batch_spec(self, batch: int) -> P:
             """Of an array whose first axis is a batch; one that the axes do not divide is whole."""
-            return P(self.batch_axes) if batch % group_size(self.mesh, self.batch_axes) == 0 else P(None)
+            divides = batch % group_size(self.mesh, self.batch_axes) == 0
+            return P(self.batch_axes if divides else None)
 
         def cache_spec(self, path: tuple[str, ...], batch: int) -> P:
             """Of the array at path in a cache: KV heads [B, S, K, H], positions or lengths."""
@@ -233,22 +234,32 @@ def _subclass(cls: type) -> type:
             _check_placement(self, variables.get("params", {}))
             return super().apply(variables, *args, **kwargs)
 
+        def cache_shardings(self, cache: Any) -> Any:
+            """How a cache of this model lies: the same tree of NamedSharding, from its shapes."""
+            return jax.tree.map_with_path(
+                lambda path, a: NamedSharding(
+                    self.mesh, self.cache_spec(_keys(path), a.shape[0])
+                ),
+                cache,
+            )
+
         def init_cache(self, *, batch_size, dtype, cache_length, sharding=None):
             """As the official one, with each KV head once for each rank that holds it."""
-            cache = self.config.init_cache(
-                batch_size=batch_size, dtype=dtype, cache_length=cache_length
-            )
-            for layer in cache.values():
-                copies = _copies(self, layer["k"].shape[2])
-                layer.update({name: jnp.repeat(layer[name], copies, axis=2) for name in ("k", "v")})
-            if sharding is None:
-                sharding = jax.tree.map_with_path(
-                    lambda path, _: NamedSharding(
-                        self.mesh, self.cache_spec(_keys(path), batch_size)
-                    ),
-                    cache,
+
+            def make():
+                cache = self.config.init_cache(
+                    batch_size=batch_size, dtype=dtype, cache_length=cache_length
                 )
-            return kd.sharding.with_sharding_constraint(cache, sharding)
+                for layer in cache.values():
+                    copies = _copies(self, layer["k"].shape[2])
+                    for name in ("k", "v"):
+                        layer[name] = jnp.repeat(layer[name], copies, axis=2)
+                return cache
+
+            if sharding is None:
+                sharding = self.cache_shardings(jax.eval_shape(make))
+            # Compiled, so that no device ever holds the whole cache.
+            return jax.jit(lambda: kd.sharding.with_sharding_constraint(make(), sharding))()
 
         @functools.wraps(cls.__call__)
         def __call__(self, *args, **kwargs):
@@ -472,6 +483,8 @@ def _dense_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail)
         )
     h = fused_post_ff(partial_sums, h, norm_scale, **tail)
     gated = nn.gelu(h @ p["per_layer_input_gate"]["w"]) * per_layer_input
+    # Else XLA would compute the gelu again in every tile of the next matmul.
+    gated = jax.lax.optimization_barrier(gated)
     update = gated @ p["per_layer_projection"]["w"]
     h = (h + rmsnorm(update, p["post_per_layer_input_norm"]["scale"])) * layer_scalar
     return h, rmsnorm(h, next_scale)

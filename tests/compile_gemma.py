@@ -1,0 +1,120 @@
+"""Compiles decode steps of small Gemma models for H100s, on a machine that need not have a GPU.
+
+    python tests/compile_gemma.py VARIANT...
+
+Prints a line of JSON for each program: its collectives, as pairs of operation and elements. What XLA
+makes of a lookup in a sharded table shows only in programs compiled for GPUs. Needs the CUDA plugin
+of JAX, which test_gemma_compiled.py puts on the path.
+"""
+
+import functools
+import json
+import math
+import re
+import sys
+
+import gemma_models
+import jax
+import jax.numpy as jnp
+import jax_plugins.xla_cuda13  # noqa: F401 (registers the platform)
+import numpy as np
+from jax.experimental import topologies
+
+from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
+
+# What XLA asks of the device that it compiles for. From a H100 SXM.
+TARGET = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  name: "NVIDIA H100 80GB HBM3"
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000 device_memory_size: 84942979072 device_address_bits: 64
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0" device_interconnect_info { active_links: 18 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+CACHE_LENGTH = 32
+# Ranks, batch, whether the step is in a loop.
+PROGRAMS = ((2, 1, True), (2, 2, True), (2, 16, True), (2, 1, False), (4, 1, True))
+
+
+def compiled(variant: str, ranks: int, batch: int, loop: bool, official: bool = False) -> str:
+    """Returns the optimised HLO of one decode step, or of four in a loop.
+
+    official: of the unmodified model with the same parameter shardings, and without a cache.
+    """
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology=f"1x1x{ranks}", target_config=TARGET
+    )
+    mesh = jax.sharding.Mesh(np.array(topology.devices), ("tp",))
+    model = gemma_models.official(variant, dtype=jnp.bfloat16)
+    parallel = tensor_parallel(model, mesh)
+    shapes = gemma_models.shapes(variant)
+
+    def placed(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    params = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=s),
+        shapes,
+        param_shardings(parallel, shapes),
+    )
+    whole = jax.NamedSharding(mesh, jax.P())
+    token = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=whole)
+    cache = None
+    if not official:
+        model = parallel
+        make = functools.partial(model.init_cache, batch_size=batch, dtype=jnp.bfloat16)
+        cache = jax.eval_shape(functools.partial(make, cache_length=CACHE_LENGTH))
+        cache = jax.tree.map(placed, cache, model.cache_shardings(cache))
+
+    def step(params, token, cache):
+        inputs = {}
+        if cache is not None:
+            positions = cache["layer_0"]["end_index"][:, None]
+            mask = jnp.arange(CACHE_LENGTH) <= positions[..., None]
+            inputs = {"cache": cache, "positions": positions, "attention_mask": mask}
+        out = model.apply({"params": params}, token, **inputs)
+        return jnp.argmax(out.logits, axis=-1).astype(jnp.int32), out.cache
+
+    def steps(params, token, cache):
+        if not loop:
+            return step(params, token, cache)
+        return jax.lax.fori_loop(0, 4, lambda _, carry: step(params, *carry), (token, cache))
+
+    shardings = whole, jax.tree.map(lambda a: a.sharding, cache)
+    jitted = jax.jit(steps, donate_argnums=2, out_shardings=shardings)
+    return jitted.lower(params, token, cache).compile().as_text()
+
+
+def collectives(text: str) -> list[tuple[str, int]]:
+    """Returns the collectives in optimised HLO, each with the elements of its largest result."""
+    found = []
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    for shape, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        arrays = [dims.split(",") for dims in re.findall(r"\w+\[([\d,]+)\]", shape)]
+        found.append((kind, max((math.prod(map(int, dims)) for dims in arrays), default=1)))
+    return found
+
+
+def main() -> None:
+    for variant in sys.argv[1:]:
+        for ranks, batch, loop in PROGRAMS:
+            row = {"variant": variant, "ranks": ranks, "batch": batch, "loop": loop}
+            found = collectives(compiled(variant, ranks, batch, loop))
+            print(json.dumps(row | {"collectives": found}), flush=True)
+        found = collectives(compiled(variant, 2, 1, loop=True, official=True))
+        print(json.dumps({"variant": variant, "official": True, "collectives": found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

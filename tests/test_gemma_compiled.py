@@ -1,0 +1,50 @@
+"""What XLA makes of a decode step for GPUs: no collective but those that this repository wrote.
+
+XLA gathers a whole sharded table to look up one row of it, in programs for GPUs alone; so they are
+compiled for H100s here, with JAX's CUDA plugin and no GPU (compile_gemma.py).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gemma_sizes as sizes
+import pytest
+
+HERE = Path(__file__).parent
+PLUGIN = HERE.parent / "build" / "cuda_plugin"
+
+
+@pytest.fixture(scope="module", params=sizes.VARIANTS)
+def programs(request):
+    """The rows of compile_gemma.py for a variant."""
+    pytest.importorskip("gemma", reason="needs google-deepmind/gemma: pip install '.[gemma]'")
+    paths = [str(HERE), *([str(PLUGIN)] if PLUGIN.exists() else [])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it wants cuDNN, for which nothing here asks
+    }
+    command = [sys.executable, "-W", "ignore", str(HERE / "compile_gemma.py"), request.param]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "No module named 'jax_plugins" in run.stderr:
+        pytest.skip("needs JAX's CUDA plugin: make test puts it into build/cuda_plugin")
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.timeout(300)
+def test_collectives(programs, built):
+    """A step has the all-reduce of the lookups; taking the largest logit exchanges one a rank."""
+    del built  # without the extension, the tails are all-reduces as well
+    *steps, official = programs
+    assert len(steps) == 5
+    layers = sizes.LAYERS["E2B"] * sizes.PER_LAYER_WIDTH
+    for step in steps:
+        row = sizes.HIDDEN + (layers if step["variant"] == "E2B" else 0)
+        expected = [["all-reduce", step["batch"] * row], ["all-gather", step["batch"] * step["ranks"]]]
+        assert sorted(step["collectives"]) == sorted(expected), step
+    # The check can fail: the official model with the same shardings gathers its table.
+    largest = max(size for kind, size in official["collectives"] if kind == "all-gather")
+    assert largest >= sizes.VOCAB * sizes.HIDDEN
