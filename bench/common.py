@@ -220,8 +220,13 @@ def write_record(kind: str, content: dict[str, Any], directory: Path) -> Path:
     record = {"kind": kind, "created": created, "machine": machine(), **content}
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{kind}-{created}.json"
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    save(record, path)
     return path
+
+
+def save(record: dict[str, Any], path: Path) -> None:
+    """Writes a record as JSON."""
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, child_seconds: int) -> None:

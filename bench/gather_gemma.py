@@ -1,13 +1,13 @@
-"""Copies google-deepmind/gemma, without the gigabytes that model.apply does not need, into a folder.
+"""Copies google-deepmind/gemma without the gigabytes that model.apply does not need.
 
     python bench/gather_gemma.py FOLDER         # where the extra gemma is installed
     PYTHONPATH=FOLDER python bench/model.py     # on the GPU machine
 
-The gemma package imports TensorFlow, grain and more at its top, for data sets and training. The
-folder has the pure-Python packages that a model and its sampler use (about 10 MB), and a
-sitecustomize.py that stands in for the rest: modules whose attributes are empty classes, good for
-annotations and base classes and for nothing else. Everything that a JAX machine has anyway (jax,
-flax, numpy, absl and the like) is not copied.
+The gemma package imports TensorFlow, grain and more at its top, for data sets and training. FOLDER
+gets the pure-Python packages that a model and its sampler use (about 4 MB), and a sitecustomize.py
+with stand-ins for the others where they are not installed: modules whose attributes are empty
+classes, good for annotations and base classes and for nothing else. Packages that a JAX machine has
+anyway (jax, flax, numpy, absl and the like) are not copied.
 """
 
 import argparse
@@ -31,12 +31,11 @@ COPIED = (
     "typeguard",
 )
 
-# Modules that are imported, but not used by a model.
+# Modules that are imported, but not used by a model. Stand-ins only where they are not installed.
 STAND_INS = (
     "IPython",
     "cv2",
     "grain",
-    "kauldron.data.iterators.pygrain_handler",  # registers classes of grain
     "matplotlib",
     "mediapy",
     "pandas",
@@ -45,6 +44,9 @@ STAND_INS = (
     "tensorflow",
     "tensorflow_datasets",
 )
+
+# Registers classes of grain, so it is replaced although it is there.
+REPLACED = "kauldron.data.iterators.pygrain_handler"
 
 SITECUSTOMIZE = f'''\
 """Stand-ins for packages that google-deepmind/gemma imports and a model does not use."""
@@ -55,6 +57,7 @@ import sys
 import types
 
 PACKAGES = {STAND_INS!r}
+REPLACED = {REPLACED!r}
 
 
 class _Anything:
@@ -90,8 +93,11 @@ class _StandIn(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, packages):
+        self.packages = packages
+
     def find_spec(self, name, path=None, target=None):
-        if any(name == package or name.startswith(package + ".") for package in PACKAGES):
+        if any(name == package or name.startswith(package + ".") for package in self.packages):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -102,7 +108,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-sys.meta_path.insert(0, _Finder())
+sys.meta_path.insert(0, _Finder((REPLACED,)))
+sys.meta_path.append(_Finder(PACKAGES))  # asked last, so what is installed comes first
 '''
 
 CHECK = """

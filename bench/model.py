@@ -12,9 +12,10 @@ Phases: "prefill" puts one prompt into the cache. "decode" feeds the last tokens
 more, one by one, in a loop inside one jit, at several batch sizes. "sampler" is the loop of the
 package's own samplers (gm.text.Sampler and Gemma4Sampler share it), greedy, at the smallest batch.
 
-A row has microseconds a step (wall time), the floor, and, from a profile of a decode, kernels a step
-and where the time goes. Every prefill and decode is compared with the logits of the official model.
-On a CPU, where times mean nothing, a cut-down model tries the script out without "fused".
+A row has microseconds a step (wall time) and the floor; that of a decode on GPUs also has the
+number of kernels a step and where the time goes, from a profile. Every prefill and decode is
+compared with the logits of the official model. On a CPU, where times mean nothing, a cut-down model
+tries the script out without "fused".
 """
 
 import argparse
@@ -391,7 +392,9 @@ class Bench:
         stats = side.mesh.devices.flat[0].memory_stats() or {}
         if "bytes_limit" not in stats:
             return None
-        params = sum(local_size(a) * a.dtype.itemsize for a in jax.tree.leaves(self.param_structs(side)))
+        params = sum(
+            local_size(a) * a.dtype.itemsize for a in jax.tree.leaves(self.param_structs(side))
+        )
         cache = batched(self.empty_cache(side, next(iter(side.models.values()))), self.lines[-1][1])
         caches = 3 * sum(local_size(a) * a.dtype.itemsize for a in jax.tree.leaves(cache))
         free = stats["bytes_limit"] - stats["bytes_in_use"]
@@ -415,6 +418,9 @@ class Bench:
                 pool, lambda: lower(self.param_structs(sides[0]), self.tokens(sides[0]))
             )
             started = [self.start_side(side, pool) for side in sides]
+            # Compilers at work, which try out kernels on the GPUs, would disturb the timings.
+            futures = [future for programs in started for future in programs.values()]
+            concurrent.futures.wait([reference, *futures])
             for side, programs in zip(sides, started):
                 params = self.parameters(side)
                 if want is None:
@@ -515,7 +521,8 @@ class Run:
 def profiled(run: Run, steps: int) -> dict[str, Any]:
     """Kernels and profiled microseconds of a step, and the share of each class of kernels.
 
-    Of the first device, whose times to the last kernel add up to 1; {} without a GPU's trace.
+    The shares add up to 1, the time from the first kernel to the last on one device. Returns {} if
+    the trace has no GPU.
     """
     with tempfile.TemporaryDirectory() as folder:
         xplane.record(run, Path(folder))
@@ -561,7 +568,7 @@ def relative_error(out: jax.Array, want: jax.Array) -> float:
 def work(arguments: argparse.Namespace) -> None:
     """Times one model under one flag set, in a child process."""
     jax.config.update("jax_num_cpu_devices", 8)
-    jga.set_peer_timeout(20)  # what hangs is a failed timing
+    jga.set_peer_timeout(20)  # a program that hangs is a failed timing
     bench = Bench(arguments)
     names = [name for side in bench.sides for name in side.models]
     facts = {
