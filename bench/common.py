@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import signal
@@ -152,6 +153,22 @@ def copy_bandwidth(mesh: jax.sharding.Mesh) -> float:
     return 8 * count / min(seconds)
 
 
+def matmul_rate(mesh: jax.sharding.Mesh) -> float:
+    """Operations a second of one device in large bfloat16 matmuls, with all devices at work."""
+    size = 8192 if mesh.devices.flat[0].platform == "gpu" else 256
+    sharding = jax.NamedSharding(mesh, P(mesh.axis_names))
+    make = jax.jit(jnp.ones, static_argnums=(0, 1), out_shardings=sharding)
+    a = make((mesh.size, size, size), jnp.bfloat16)
+    multiply = jax.jit(lambda a, b: a @ b)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        out = [multiply(a, a) for _ in range(4)]
+        jax.block_until_ready(out)
+        seconds.append((time.perf_counter() - start) / len(out))
+    return 2 * size**3 / min(seconds)
+
+
 def machine() -> dict[str, Any]:
     """Where a record was taken, without starting JAX: GPUs, driver, versions, commit, settings."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -203,8 +220,13 @@ def write_record(kind: str, content: dict[str, Any], directory: Path) -> Path:
     record = {"kind": kind, "created": created, "machine": machine(), **content}
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{kind}-{created}.json"
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    save(record, path)
     return path
+
+
+def save(record: dict[str, Any], path: Path) -> None:
+    """Writes a record as JSON."""
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, child_seconds: int) -> None:
@@ -283,16 +305,19 @@ def run_child(
 
 
 def run_children(
-    flag_sets: Sequence[str], arguments: argparse.Namespace, label: str
+    flag_sets: Sequence[str],
+    arguments: argparse.Namespace,
+    label: str,
+    variants: Sequence[Sequence[str]] = ((),),
 ) -> dict[str, Any]:
-    """Runs this script once for each flag set, "A" first, under a progress bar.
+    """Runs this script once for each variant and flag set, "A" first, under a progress bar.
 
     Flag sets other than "A" are for psum over a mesh of GPUs, and only run there. label: a format
-    string for the bar, of a row's keys.
+    string for the bar, of a row's keys. variants: more arguments, one list for each.
 
     Returns:
-      The content of a record: facts (of the first child), rows, notes (what went wrong). What
-      there is by then if this process is interrupted or terminated.
+      The content of a record: facts (of the first child that gave each), rows, notes (what was left
+      out or went wrong). What there is by then if this process is interrupted or terminated.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts: dict[str, Any] = {}
@@ -303,18 +328,25 @@ def run_children(
         def on_row(row):
             if "facts" in row:
                 bar.total = (bar.total or 0) + row["facts"]["timings"]
-                facts.update(row["facts"] if not facts else {})
+                facts.update({key: x for key, x in row["facts"].items() if key not in facts})
+                return
+            if "note" in row:
+                notes.append(row["note"])
                 return
             rows.append(row)
             bar.set_postfix_str(label.format(**row))
             bar.update()
 
         try:
-            for flag_set in ("A", *(name for name in flag_sets if name != "A")):
+            ordered = ("A", *(name for name in flag_sets if name != "A"))
+            for extra, flag_set in itertools.product(variants, ordered):
                 if flag_set == "A" or facts.get("mode") == "mesh":
-                    bar.set_description(f"flag set {flag_set}")
-                    if failure := run_child(flag_set, arguments.child_seconds, on_row):
-                        notes.append(failure)
+                    bar.set_description(" ".join([*extra[1:], f"flag set {flag_set}"]))
+                    failure = run_child(
+                        flag_set, arguments.child_seconds, on_row, extra_arguments=extra
+                    )
+                    if failure:
+                        notes.append(" ".join([*extra[1:], failure]))
         except KeyboardInterrupt:
             notes.append("stopped before the end")
     return {"facts": facts, "flag_sets": FLAG_SETS, "rows": rows, "notes": notes}

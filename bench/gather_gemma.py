@@ -1,16 +1,17 @@
-"""Copies google-deepmind/gemma, without the gigabytes that model.apply does not need, into a folder.
+"""Copies google-deepmind/gemma without the gigabytes that model.apply does not need.
 
     python bench/gather_gemma.py FOLDER         # where the extra gemma is installed
     PYTHONPATH=FOLDER python bench/model.py     # on the GPU machine
 
-The gemma package imports TensorFlow, grain and more at its top, for data sets and training. The
-folder has the pure-Python packages that a model and its sampler use (about 10 MB), and a
-sitecustomize.py that stands in for the rest: modules whose attributes are empty classes, good for
-annotations and base classes and for nothing else. Everything that a JAX machine has anyway (jax,
-flax, numpy, absl and the like) is not copied.
+The gemma package imports TensorFlow, grain and more at its top, for data sets and training. FOLDER
+gets the pure-Python packages that a model and its sampler use (about 4 MB), and a sitecustomize.py
+with stand-ins for the others where they are not installed: modules whose attributes are empty
+classes, good for annotations and base classes and for nothing else. Packages that a JAX machine has
+anyway (jax, flax, numpy, absl and the like) are not copied.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -31,11 +32,8 @@ COPIED = (
     "typeguard",
 )
 
-# Registers classes of grain, so it cannot be imported where grain is a stand-in.
-REPLACED = ("kauldron.data.iterators.pygrain_handler",)
-
-# Modules that are imported, but not used by a model. Where they are installed, they are used.
-MISSING = (
+# Modules that are imported, but not used by a model. Stand-ins only where they are not installed.
+STAND_INS = (
     "IPython",
     "cv2",
     "grain",
@@ -48,6 +46,9 @@ MISSING = (
     "tensorflow_datasets",
 )
 
+# Registers classes of grain, so it is replaced although it is there.
+REPLACED = "kauldron.data.iterators.pygrain_handler"
+
 SITECUSTOMIZE = f'''\
 """Stand-ins for packages that google-deepmind/gemma imports and a model does not use."""
 
@@ -55,6 +56,9 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+
+PACKAGES = {STAND_INS!r}
+REPLACED = {REPLACED!r}
 
 
 class _Anything:
@@ -90,11 +94,11 @@ class _StandIn(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, modules):
-        self.modules = modules
+    def __init__(self, packages):
+        self.packages = packages
 
     def find_spec(self, name, path=None, target=None):
-        if any(name == package or name.startswith(package + ".") for package in self.modules):
+        if any(name == package or name.startswith(package + ".") for package in self.packages):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -105,8 +109,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-sys.meta_path.insert(0, _Finder({REPLACED!r}))
-sys.meta_path.append(_Finder({MISSING!r}))
+sys.meta_path.insert(0, _Finder((REPLACED,)))
+sys.meta_path.append(_Finder(PACKAGES))  # asked last, so what is installed comes first
 '''
 
 CHECK = """
@@ -122,6 +126,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True)
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    distributions = importlib.metadata.packages_distributions()
     for package in COPIED:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
@@ -131,6 +136,11 @@ def main() -> None:
             folder / package,
             ignore=shutil.ignore_patterns("__pycache__", "*_test.py", "testdata"),
         )
+        for name in distributions.get(package, ()):  # jaxtyping asks for typeguard's version
+            distribution = importlib.metadata.distribution(name)
+            info = folder / f"{name}-{distribution.version}.dist-info"
+            info.mkdir(exist_ok=True)
+            (info / "METADATA").write_text(f"Name: {name}\nVersion: {distribution.version}\n")
     environment = os.environ | {"PYTHONPATH": str(folder)}
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHECK], check=True, env=environment, cwd=folder

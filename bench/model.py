@@ -1,13 +1,21 @@
-"""Times a whole official model with random weights, tensor parallel, with the tails psum and fused.
+"""Times whole official Gemma models with random weights against what one would run instead.
 
-Prefill: one prompt into the cache. Decode: the last tokens of that prompt once more, one by one, in
-a loop inside one jit, for several batches. Both up to the logits, without sampling. Everything but
-the tails is the same: the official modules, run by jax_gemma_arf.integrations.gemma.
+Four implementations run the same parameters:
 
-Microseconds a step and tokens a second (wall time, median and half the interquartile range). The
-psum tail runs under each of common.FLAG_SETS. The logits of each are compared with those of the
-official model, partitioned by the compiler: a decode must arrive at what its prompt gives at once.
-On one GPU, where there is nothing to reduce, and on a CPU, with a cut-down model, only psum runs.
+- "official, one GPU": the unmodified model on one device, left out where it does not fit.
+- "official, partitioned": the unmodified model over all devices, partitioned by the compiler, with
+  the shardings that tensor_parallel uses.
+- "psum": tensor_parallel(implementation="xla").
+- "fused": tensor_parallel(implementation="cuda").
+
+Phases: "prefill" puts one prompt into the cache. "decode" feeds the last tokens of that prompt once
+more, one by one, in a loop inside one jit, at several batch sizes. "sampler" is the loop of the
+package's own samplers (gm.text.Sampler and Gemma4Sampler share it), greedy, at the smallest batch.
+
+A row has microseconds a step (wall time) and the floor; that of a decode on GPUs also has the
+number of kernels a step and where the time goes, from a profile. Every prefill and decode is
+compared with the logits of the official model. On a CPU, where times mean nothing, a cut-down model
+tries the script out without "fused".
 """
 
 import argparse
@@ -15,20 +23,29 @@ import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
+import math
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import common
 import jax
 import jax.numpy as jnp
+import numpy as np
 import report
+import xplane
 
 import jax_gemma_arf as jga
 
 #: ||out - want|| / ||want|| of bfloat16 logits; a model with its tails in the wrong order is off
 #: by 1 or so.
 BOUND = 2**-3
+
+MODELS = ("Gemma4_E2B", "Gemma4_E4B", "Gemma3_4B", "Gemma4_26B_A4B", "Gemma4_31B")
+OFFICIAL_ALONE, OFFICIAL_PARTITIONED = "official, one GPU", "official, partitioned"
 
 Params = Any
 Cache = Any
@@ -42,7 +59,7 @@ def official(name: str, layers: int, small: bool):
 
     cls = getattr(gm.nn, name, None)
     if cls is None:
-        sys.exit(f"--model must be a class of gemma.gm.nn such as Gemma4_E2B, got {name!r}")
+        sys.exit(f"--models must be classes of gemma.gm.nn such as Gemma4_E2B, got {name!r}")
     config = cls().config
     changes: dict[str, Any] = {"vision_encoder": None}
     if small:
@@ -108,6 +125,130 @@ def decode(
     return jax.lax.fori_loop(0, steps, step, start)
 
 
+def sample(
+    model, steps: int, logits: Any, params: Params, tokens: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Runs the loop of the package's samplers; returns the number of steps done instead of logits.
+
+    The end tokens are ids that no model predicts, so the loop runs to its last step. It begins two
+    tokens early, since it would stop when the cache is full.
+    """
+    from gemma.gm.text import _sampler_loop, _sampling  # noqa: PLC0415
+
+    del logits
+    batch, length = tokens.shape
+    start = length - steps - 2
+    loop = _sampler_loop.SamplerLoop(
+        model=model,
+        end_tokens=(-1,),
+        forbidden_tokens=None,
+        sampling=_sampling.Greedy(),
+        cache_length=length,
+        special_tokens=SpecialTokens,
+    )
+    state = _sampler_loop.SamplingState(
+        step=jnp.asarray(0),
+        done=jnp.zeros(batch, jnp.bool_),
+        last_token=tokens[:, start],
+        last_token_pos=jnp.full(batch, start),
+        predicted_tokens=jnp.zeros((batch, length), jnp.int32),
+        cache=at(cache, start),
+        rng=jax.random.key(0),
+        init_cache_length=jnp.asarray(start),
+        full_attention_mask=jnp.ones((batch, length), jnp.bool_),
+    )
+    state = loop.sample(params=params, init_state=state, max_new_tokens=jnp.asarray(steps))
+    return state.step, state.cache
+
+
+class SpecialTokens:
+    """Stand-in for the special tokens of a tokenizer, which would have to be downloaded."""
+
+    EOS = END_OF_TURN = BEGIN_OF_TOOL_RESPONSE = -1
+
+
+def kv_sources(config) -> list[int]:
+    """The layer whose keys and values each layer attends to; its own unless the model shares."""
+    layers = config.num_layers
+    if getattr(config, "kv_cache_sharing_config", None) is None:
+        return [*range(layers)]
+    from gemma.gm.nn.gemma4 import _config  # noqa: PLC0415
+
+    return _config.create_kv_cache_sharing_patterns(
+        config.kv_cache_sharing_config, layers, config.attention_types
+    )
+
+
+def local_size(array: jax.ShapeDtypeStruct) -> int:
+    """Number of elements of an array on one device."""
+    return math.prod(array.sharding.shard_shape(array.shape))
+
+
+class Work(NamedTuple):
+    """What one device has to do in a step."""
+
+    bytes: float
+    flops: float
+
+    def microseconds(self, bandwidth: float, rate: float) -> float:
+        """The floor: reading or matmuls, whichever takes longer."""
+        return max(self.bytes / bandwidth, self.flops / rate) * 1e6
+
+
+def step_work(
+    config, params: Params, cache: Cache, tokens: int = 1, *, every_expert: bool = False
+) -> Work:
+    """The bytes that a step must read on one device, and the operations of its matmuls.
+
+    Parameters count once; of the embedding tables only the one that the logits multiply, since a
+    lookup reads a few rows. Of the experts those count that the tokens can choose, unless
+    every_expert. A decode also reads the window of the cache that each layer attends to, once for
+    the layers that share it. The operations of attention itself are left out.
+
+    Args:
+      params, cache: trees of ShapeDtypeStruct with shardings; the cache says what the batch is.
+      tokens: of one sequence in one step.
+    """
+    batch, length = cache["layer_0"]["positions"].shape
+    rows = batch * tokens
+    experts = getattr(config, "num_experts", 0)
+    chosen = experts if every_expert else min(experts, rows * getattr(config, "top_k_experts", 0))
+    sources = kv_sources(config)
+    total_bytes = flops = 0.0
+    for path, leaf in jax.tree.leaves_with_path(params):
+        keys = tuple(entry.key for entry in path)
+        layer = int(keys[0].removeprefix("layer_")) if keys[0].startswith("layer_") else None
+        if keys[-1] == "per_layer_embeddings":
+            continue
+        if layer is not None and sources[layer] != layer and keys[-2] in ("k_einsum", "kv_einsum"):
+            continue  # there, but never used
+        size = local_size(leaf)
+        read, multiplied = size, rows * size
+        if keys[-1] == "input_embedding":
+            multiplied = batch * size  # the logits of the last token
+        elif experts and keys[1:] in (("mlp", "gating_einsum", "w"), ("mlp", "linear", "w")):
+            read, multiplied = size * chosen / experts, rows * size * config.top_k_experts / experts
+        elif leaf.ndim < 2:
+            multiplied = 0
+        total_bytes += read * leaf.dtype.itemsize
+        flops += 2 * multiplied
+    if tokens == 1:
+        for i, kind in enumerate(config.attention_types):
+            window = config.sliding_window_size if kind.name == "LOCAL_SLIDING" else length
+            if sources[i] == i:
+                kept = [cache[f"layer_{i}"][name] for name in ("k", "v")]
+                size = sum(local_size(array) * array.dtype.itemsize for array in kept)
+                total_bytes += size * min(window, length) / length
+    return Work(total_bytes, flops)
+
+
+class Side(NamedTuple):
+    """Models that run on one mesh, by the name of the implementation."""
+
+    mesh: jax.sharding.Mesh
+    models: dict[str, Any]
+
+
 class Bench:
     """A model on the devices there are."""
 
@@ -116,123 +257,257 @@ class Bench:
 
         mode, devices = common.devices_for(arguments.ranks)
         self.mode = "single" if mode == "loopback" else mode
-        auto = (jax.sharding.AxisType.Auto,)
-        self.mesh = jax.make_mesh((len(devices),), ("tp",), axis_types=auto, devices=devices)
-        self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
         small = self.mode == "cpu"
+        self.repeats = 2 if arguments.quick else arguments.repeats
         self.prompt = 64 if small else arguments.prompt
         self.steps = 4 if small else arguments.steps
-        self.batches = arguments.batches
+        self.profile = self.mode != "cpu" and not arguments.no_profile
         layers = arguments.layers or (4 if small or arguments.quick else 0)
-        self.name, self.official = arguments.model, official(arguments.model, layers, small)
+        (self.name,) = arguments.models
+        self.official = official(self.name, layers, small)
         self.flag_set = arguments.flag_set
-        sharded = functools.partial(gemma.tensor_parallel, self.official, self.mesh)
-        self.models = {"psum": sharded(implementation="xla")}
-        self.param_shardings = functools.partial(gemma.param_shardings, self.models["psum"])
-        if self.mode == "mesh" and self.flag_set == "A":
-            self.models["fused"] = sharded(implementation="cuda")
-        self.names = [f"{name}{again}" for again in ("", " again") for name in self.models]
 
-    def parameters(self) -> Params:
-        """Random ones, made where they lie.
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh_of = functools.partial(jax.make_mesh, axis_names=("tp",), axis_types=auto)
+        mesh = mesh_of((len(devices),), devices=devices)
+        alone = mesh_of((1,), devices=devices[:1])
+        self.psum = gemma.tensor_parallel(self.official, mesh, implementation="xla")
+        self.shardings = gemma.param_shardings(self.psum)
+        over_mesh = {OFFICIAL_PARTITIONED: self.official, "psum": self.psum}
+        if self.mode == "mesh" and self.flag_set == "A":
+            fused = gemma.tensor_parallel(self.official, mesh, implementation="cuda")
+            over_mesh = {"fused": fused, **over_mesh}
+        self.mesh, self.sides = mesh, [Side(mesh, over_mesh)]
+        if self.mode == "single":
+            self.sides = [Side(mesh, {OFFICIAL_ALONE: self.official, "psum": self.psum})]
+        elif self.flag_set == "A":
+            self.sides.insert(0, Side(alone, {OFFICIAL_ALONE: self.official}))
+
+        batches = arguments.batches
+        self.lines = [("prefill", 1), *(("decode", batch) for batch in batches)]
+        self.sampled = {OFFICIAL_ALONE, "fused" if "fused" in over_mesh else "psum"}
+        self.sampler_line = ("sampler", min(batches))
+        self.bandwidth = common.copy_bandwidth(mesh)
+        self.matmul_rate = common.matmul_rate(mesh)
+
+    def lines_of(self, name: str) -> list[tuple[str, int]]:
+        """(phase, batch) of each row of an implementation."""
+        return [*self.lines, self.sampler_line] if name in self.sampled else self.lines
+
+    def param_structs(self, side: Side) -> Params:
+        """Shapes and shardings of the parameters on the mesh of a side."""
+        token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        shapes = jax.eval_shape(self.official.init, jax.random.key(0), token)["params"]
+        shardings = self.shardings
+        if side.mesh != self.mesh:
+            shardings = jax.tree.map(lambda _: jax.NamedSharding(side.mesh, jax.P()), shapes)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+
+    def parameters(self, side: Side) -> Params:
+        """Random ones, made where they lie, the same on every mesh.
 
         Each layer adds little to its residual, as in trained models; where it added much, rounding
         errors would grow from layer to layer until no two implementations agreed.
         """
-        shapes = jax.eval_shape(
-            self.models["psum"].init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        )["params"]
         width = self.official.config.embed_dim
-
         # Gemma 2 and 3 store w for a scale of 1 + w.
         unit = 0 if self.name.startswith("Gemma4_") else 1
 
         @functools.cache
         def generator(shape, dtype, sharding, kind):
-            def make(key):
-                noise = jax.random.normal(key, shape, dtype)
+            def make(seed):
+                values = noise(shape, seed)
                 if kind == "skip_scale":
-                    return 0.9 + noise / 64
-                return 0.25 + noise / 16 - unit if kind == "scale" else noise * width**-0.5
+                    values = 0.9 + values / 64
+                elif kind == "scale":
+                    values = 0.25 + values / 16 - unit
+                else:
+                    values = values * width**-0.5
+                return values.astype(dtype)
 
             return jax.jit(make, out_shardings=sharding)
 
-        leaves, tree = jax.tree.flatten_with_path(shapes)
-        shardings = jax.tree.leaves(self.param_shardings(shapes))
-        key = jax.random.key(0, impl="rbg")  # compiles fast
+        leaves, tree = jax.tree.flatten_with_path(self.param_structs(side))
         params = []
-        for i, ((path, leaf), sharding) in enumerate(zip(leaves, shardings)):
+        for i, (path, leaf) in enumerate(leaves):
             kind = path[-1].key if path[-1].key in ("scale", "skip_scale") else "weight"
-            make = generator(leaf.shape, leaf.dtype, sharding, kind)
-            params.append(make(jax.random.fold_in(key, i)))
+            make = generator(leaf.shape, leaf.dtype, leaf.sharding, kind)
+            params.append(make(jnp.uint32(i)))
         return jax.tree.unflatten(tree, params)
 
-    def tokens(self) -> jax.Array:
-        """A prompt, [1, L], on all devices."""
+    def tokens(self, side: Side, batch: int = 1) -> jax.Array:
+        """The prompt, [B, L], on all devices of a side."""
         vocabulary = self.official.config.num_embed
         tokens = jax.random.randint(jax.random.key(1), (1, self.prompt), 1, vocabulary // 2)
-        return jax.device_put(tokens, jax.NamedSharding(self.mesh, jax.P()))
+        tokens = jnp.repeat(tokens, batch, axis=0)
+        return jax.device_put(tokens, jax.NamedSharding(side.mesh, jax.P()))
 
-    def empty_cache(self, batch: int) -> Cache:
-        return self.models["psum"].init_cache(
-            batch_size=batch, dtype=jnp.bfloat16, cache_length=self.prompt
-        )
+    def empty_cache(self, side: Side, model) -> Cache:
+        """The cache of one sequence. The official model's is sharded like the psum model's."""
+        sizes = {"batch_size": 1, "dtype": jnp.bfloat16, "cache_length": self.prompt}
+        cache = model.init_cache(**sizes)
+        if model is not self.official:
+            return cache
+        sharded = self.psum.init_cache(**sizes) if side.mesh == self.mesh else cache
 
-    def start(self, pool: concurrent.futures.Executor, program: Program, params, batch: int):
-        """The future of a compiled program; what goes wrong is the future's."""
-        cache = self.empty_cache(batch)
-        jitted = jax.jit(
-            program,
-            donate_argnums=2,
-            out_shardings=(None, jax.tree.map(lambda a: a.sharding, cache)),
+        def place(array, like):
+            spec = like.sharding.spec if side.mesh == self.mesh else jax.P()
+            heads_split = len(spec) > 2 and spec[2] is not None
+            if heads_split and array.shape[2] % side.mesh.size:
+                spec = jax.P()  # fewer KV heads than devices
+            return jax.device_put(array, jax.NamedSharding(side.mesh, spec))
+
+        return jax.tree.map(place, cache, sharded)
+
+    def start_side(self, side: Side, pool: concurrent.futures.Executor) -> dict[Any, Any]:
+        """Starts to compile the programs of a side; futures by implementation, phase and batch."""
+        params = self.param_structs(side)
+        lower = functools.partial(jax.jit(self.reference).lower, params, self.tokens(side))
+        logits = jax.eval_shape(self.reference, params, self.tokens(side))
+        programs = {"reference": common.start(pool, lower)}
+        for name, model in side.models.items():
+            cache = self.empty_cache(side, model)
+            for phase, batch in self.lines_of(name):
+                body = functools.partial(prefill, model)
+                if phase != "prefill":
+                    loop = {"decode": decode, "sampler": sample}[phase]
+                    body = functools.partial(loop, model, self.steps, logits)
+                structs = batched(cache, batch)
+                jitted = jax.jit(
+                    body,
+                    donate_argnums=2,
+                    out_shardings=(None, jax.tree.map(lambda a: a.sharding, structs)),
+                )
+                repeated = self.tokens(side, batch)
+                programs[name, phase, batch] = common.start(
+                    pool, functools.partial(jitted.lower, params, repeated, structs)
+                )
+        return programs
+
+    def lacking(self, side: Side) -> str | None:
+        """Why the models of a side do not fit the memory of one device, or None if they do."""
+        stats = side.mesh.devices.flat[0].memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return None
+        params = sum(
+            local_size(a) * a.dtype.itemsize for a in jax.tree.leaves(self.param_structs(side))
         )
-        tokens = jnp.repeat(self.tokens(), batch, axis=0)
-        return common.start(pool, lambda: jitted.lower(params, tokens, cache))
+        cache = batched(self.empty_cache(side, next(iter(side.models.values()))), self.lines[-1][1])
+        caches = 3 * sum(local_size(a) * a.dtype.itemsize for a in jax.tree.leaves(cache))
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        if params + caches + (2 << 30) <= free:
+            return None
+        return (
+            f"{self.name}: {', '.join(side.models)}: left out: {params / 1e9:.1f} GB of parameters "
+            f"and {caches / 1e9:.1f} GB for caches do not fit the {free / 1e9:.1f} GB that are free"
+        )
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Of each implementation: its prefill, then its decodes of the prompt's copies."""
-        params, tokens = self.parameters(), self.tokens()
-        lowered = jax.jit(self.reference).lower(params, tokens)
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            reference = pool.submit(lowered.compile)
-            programs = {}
-            for name, model in self.models.items():
-                program = functools.partial(prefill, model)
-                programs[name, "prefill", 1] = self.start(pool, program, params, 1)
-                for batch in self.batches:
-                    program = functools.partial(decode, model, self.steps, lowered.out_info)
-                    programs[name, "decode", batch] = self.start(pool, program, params, batch)
-        want = reference.result()(params, tokens)
-        filled = None
-        for phase, batch in (("prefill", 1), *(("decode", batch) for batch in self.batches)):
-            prompts = jnp.repeat(tokens, batch, axis=0)
-            for name in self.names:
-                row: dict[str, Any] = {
-                    "model": self.name,
-                    "phase": phase,
-                    "batch": batch,
-                    "tokens": batch * (self.prompt if phase == "prefill" else 1),
-                    "implementation": name,
-                    "flag_set": self.flag_set,
-                }
+        """Rows of each side, one implementation after the other; notes on what is left out."""
+        notes = {i: note for i, side in enumerate(self.sides) if (note := self.lacking(side))}
+        yield from ({"note": note} for note in notes.values())
+        sides = [side for i, side in enumerate(self.sides) if i not in notes]
+        want = None
+        workers = min(16, os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            started = [self.start_side(side, pool) for side in sides]
+            # Compilers at work, which try out kernels on the GPUs, would disturb the timings.
+            concurrent.futures.wait(
+                [future for programs in started for future in programs.values()]
+            )
+            for side, programs in zip(sides, started):
+                params = clock = None  # frees those of the side before
                 try:
-                    program = programs[name.removesuffix(" again"), phase, batch].result()
-                    cache = self.empty_cache(1) if phase == "prefill" else copies(filled, batch)
-                    run = Run(program, params, prompts, cache)
-                    row["relative_error"] = relative_error(run(), want)
+                    params = self.parameters(side)
+                    if want is None:
+                        reference = programs["reference"].result()
+                        want = np.asarray(reference(params, self.tokens(side)))
+                except Exception as error:  # the other side may do better
+                    yield {"note": f"{self.name}: {', '.join(side.models)}: {error}"[:500]}
+                    continue
+                clock = common.Clock(side.mesh, self.repeats, runs=2)
+                for name, model in side.models.items():
+                    yield from self.rows_of(side, name, model, params, programs, clock, want)
+
+    def rows_of(self, side, name, model, params, programs, clock, want) -> Iterator[dict[str, Any]]:
+        """Rows of one implementation: its prefill fills the cache for the others."""
+        filled = None
+        for phase, batch in self.lines_of(name):
+            row: dict[str, Any] = {
+                "model": self.name,
+                "phase": phase,
+                "batch": batch,
+                "tokens": batch * (self.prompt if phase == "prefill" else 1),
+                "implementation": name,
+                "flag_set": self.flag_set,
+                "ranks": side.mesh.size,
+            }
+            run = None
+            try:
+                start = self.empty_cache(side, model)
+                row |= self.floors(side, batched(start, batch), phase)
+                program = programs.pop((name, phase, batch)).result()
+                if phase != "prefill":
+                    if filled is None:
+                        raise RuntimeError("the prefill failed, so there is no cache")
+                    start = copies(filled, batch)
+                run = Run(program, params, self.tokens(side, batch), start)
+                del start
+                out = run()
+                if phase == "sampler":
+                    row["matches"] = int(out) == self.steps
+                else:
+                    row["relative_error"] = relative_error(out, want)
                     row["matches"] = row["relative_error"] <= BOUND
-                    steps = 1 if phase == "prefill" else self.steps
-                    row["step_us"] = self.clock.microseconds(run, steps)
-                    if phase == "prefill" and filled is None:
-                        filled = run.cache
-                except Exception as error:  # an implementation that fails is a result, too
-                    row["error"] = f"{type(error).__name__}: {error}"[:500]
-                yield row
+                steps = 1 if phase == "prefill" else self.steps
+                row["step_us"] = clock.microseconds(run, steps)
+                if self.profile and phase == "decode":
+                    row |= profiled(run, steps)
+                if phase == "prefill":
+                    filled = run.cache
+            except Exception as error:  # an implementation that fails is a result, too
+                row["error"] = f"{type(error).__name__}: {error}"[:500]
+            del run
+            yield row
+
+    def floors(self, side: Side, cache: Cache, phase: str) -> dict[str, float]:
+        """The floor of a step, and that of a mixture of experts which reads all of them."""
+        config, params = self.official.config, self.param_structs(side)
+        tokens = self.prompt if phase == "prefill" else 1
+        work = step_work(config, params, cache, tokens)
+        floors = {"floor_us": work.microseconds(self.bandwidth, self.matmul_rate)}
+        if getattr(config, "enable_moe", False):
+            work = step_work(config, params, cache, tokens, every_expert=True)
+            floors["floor_all_experts_us"] = work.microseconds(self.bandwidth, self.matmul_rate)
+        return floors
 
     def reference(self, params: Params, tokens: jax.Array) -> jax.Array:
         """The official model's logits of the last token, without a cache."""
         out = self.official.apply({"params": params}, tokens, return_last_only=True)
         return out.logits
+
+
+def noise(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    """Uniform float32 numbers of mean 0 and variance 1, the same however they are sharded.
+
+    Each is a hash of its index and the seed, so every device makes its own and no more.
+    """
+
+    def mix(bits):
+        bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+        bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+        return bits ^ (bits >> 16)
+
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :])
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    bits = mix(mix(index) ^ mix(seed + jnp.uint32(1)))
+    return (bits.astype(jnp.float32) * 2.0**-31 - 1) * 3**0.5
 
 
 class Run:
@@ -246,8 +521,37 @@ class Run:
         return logits
 
 
+def profiled(run: Run, steps: int) -> dict[str, Any]:
+    """Kernels and profiled microseconds of a step, and the share of each class of kernels.
+
+    The shares add up to 1, the time from the first kernel to the last on one device. Returns {} if
+    the trace has no GPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        xplane.record(run, Path(folder))
+        try:
+            trace = xplane.load(Path(folder))
+        except (FileNotFoundError, ValueError):
+            return {}
+    device = min(trace)
+    times = xplane.attribute(trace)[device]
+    total = sum(times.values())
+    return {
+        "kernels": len(trace[device]) / steps,
+        "profiled_us": total / steps,
+        "shares": {kind: time / total for kind, time in times.items()},
+    }
+
+
+def batched(cache: Cache, batch: int) -> Cache:
+    """Shapes and shardings of a cache like this one of a single sequence, with n sequences."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype, sharding=a.sharding), cache
+    )
+
+
 def copies(cache: Cache, batch: int) -> Cache:
-    """A cache of one sequence as one of so many, lying as that one does."""
+    """Repeats a cache of batch 1 to batch n, with the same sharding."""
     shardings = jax.tree.map(lambda a: a.sharding, cache)
     repeat = functools.partial(jnp.repeat, repeats=batch, axis=0)
     return jax.jit(lambda c: jax.tree.map(repeat, c), out_shardings=shardings)(cache)
@@ -265,19 +569,24 @@ def relative_error(out: jax.Array, want: jax.Array) -> float:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """A child's part: all implementations of one flag set."""
+    """Times one model under one flag set, in a child process."""
     jax.config.update("jax_num_cpu_devices", 8)
-    jga.set_peer_timeout(20)  # what hangs is a failed timing
+    jga.set_peer_timeout(20)  # a program that hangs is a failed timing
     bench = Bench(arguments)
+    names = [name for side in bench.sides for name in side.models]
     facts = {
         "mode": bench.mode,
         "ranks": bench.mesh.size,
         "device": bench.mesh.devices.flat[0].device_kind,
-        "layers": bench.official.config.num_layers,
-        "hidden": bench.official.config.embed_dim,
         "prompt": bench.prompt,
         "steps": bench.steps,
-        "timings": len(bench.names) * (1 + len(bench.batches)),
+        "timings": sum(len(bench.lines_of(name)) for name in names),
+        bench.name: {
+            "layers": bench.official.config.num_layers,
+            "hidden": bench.official.config.embed_dim,
+            "bandwidth": bench.bandwidth,
+            "matmul_rate": bench.matmul_rate,
+        },
     }
     common.emit({"facts": facts})
     for row in bench.rows():
@@ -285,32 +594,42 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times a whole Gemma model, psum and fused.")
-    common.add_arguments(parser, child_seconds=480)
+    parser = argparse.ArgumentParser(description="Times whole Gemma models.")
+    common.add_arguments(parser, child_seconds=150)
+    parser.set_defaults(repeats=5)
     parser.add_argument(
-        "--model", default="Gemma4_E2B", help="a Gemma 2, 3 or 4 class of gemma.gm.nn"
+        "--models",
+        nargs="+",
+        metavar="CLASS",
+        default=["Gemma4_E2B"],
+        help=f"Gemma 2, 3 or 4 classes of gemma.gm.nn, or all: {' '.join(MODELS)}",
     )
     parser.add_argument(
         "--layers", type=int, default=0, help="cut down to so many, a multiple of 4; 0: all"
     )
-    parser.add_argument("--batches", type=int, nargs="+", help="of the decodes; default: 1 and 16")
+    parser.add_argument("--batches", type=int, nargs="+", help="of the decodes; default: 1, 2, 16")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens, and length of the cache")
     parser.add_argument("--steps", type=int, default=16, help="of each timed decode")
-    parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=None)
+    parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=["A"])
+    parser.add_argument("--no-profile", action="store_true", help="wall times alone")
     arguments = parser.parse_args()
     if arguments.layers % 4:
         parser.error(f"--layers must be a multiple of 4, got {arguments.layers}")
-    if not 1 <= arguments.steps <= arguments.prompt:
-        parser.error(f"--steps must be 1 to --prompt, got {arguments.steps}")
+    if not 1 <= arguments.steps <= arguments.prompt - 2:
+        parser.error(f"--steps must be 1 to --prompt - 2, got {arguments.steps}")
     if importlib.util.find_spec("gemma") is None:
         parser.error("needs google-deepmind/gemma: pip install '.[bench,gemma]'")
-    quick = arguments.quick
-    arguments.batches = arguments.batches or ([1] if quick else [1, 16])
+    arguments.batches = arguments.batches or ([1] if arguments.quick else [1, 2, 16])
     if common.in_child(arguments):
         work(arguments)
         return
-    flag_sets = arguments.flag_sets or (["A", "C"] if quick else list(common.FLAG_SETS))
-    content = common.run_children(flag_sets, arguments, "{implementation}, {phase}, batch {batch}")
+    # Nothing but the package's small workspaces lies outside JAX's pool.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    models = MODELS if arguments.models == ["all"] else arguments.models
+    label = "{model}, {implementation}, {phase}, batch {batch}"
+    content = common.run_children(
+        arguments.flag_sets, arguments, label, [("--models", name) for name in models]
+    )
     report.finish("model", content, arguments.out)
 
 

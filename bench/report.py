@@ -1,7 +1,9 @@
 """Makes Markdown tables and plots from records: ``report.py RECORD.json... [--out FOLDER]``."""
 
 import argparse
+import importlib.util
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ COLORS = {
     "fused": "#0b62d6",
     "fused sandwich": "#0a3a80",
     "psum": "#c8372d",
+    "official, one GPU": "#555555",
+    "official, partitioned": "#e08e0b",
     "flashinfer norm + tail": "#e08e0b",
     "sum": "#c8372d",
     "floor": "#7a7a7a",
@@ -37,6 +41,10 @@ LABELS = {
     "flashinfer all-reduce": "FlashInfer all-reduce",
     "wire": "wire",
 }
+
+
+#: Implementations of a whole model, in the order in which tables show them.
+MODEL_ORDER = ("official, one GPU", "official, partitioned", "psum", "fused")
 
 
 class Timing(NamedTuple):
@@ -210,42 +218,75 @@ def block_markdown(record: Record) -> str:
 
 
 def model_markdown(record: Record) -> str:
-    """One table: microseconds a step and tokens a second of prefill and decodes."""
+    """Two tables for each model: microseconds a step, and what a profile of the decodes says."""
     facts = record["facts"]
     parts = [
-        f"## Whole models\n\n{headline(record)}; {facts.get('layers')} layers, D = "
-        f"{facts.get('hidden')}, random weights; a prompt and cache of {facts.get('prompt')} tokens"
+        f"## Whole models\n\n{headline(record)}; random weights; a prompt and cache of "
+        f"{facts.get('prompt')} tokens"
     ]
     for model, rows in common.grouped(record["rows"], "model").items():
-        lines = {
-            line: best(timings, "step_us")
-            for line, timings in common.grouped(rows, "phase", "batch", "tokens").items()
-        }
-        names = list(dict.fromkeys(name for line in lines.values() for name in line))
-        rated = [name for name in names if not name.endswith(" again")]
-        fused = [name for name in names if name == "fused"]
-        cells = [
-            [
-                f"{phase}, batch {batch}",
-                *(_wall(line.get(name), name == "psum") for name in names),
-                *(_rate(line.get(name), tokens) for name in rated),
-                *(faster(line.get("psum"), line.get(name)) for name in fused),
-            ]
-            for (phase, batch, tokens), line in lines.items()
-        ]
-        header = [
-            "us a step",
-            *(LABELS.get(name, name) for name in names),
-            *(f"{LABELS[name]}, tokens/s" for name in rated),
-            *(f"psum / {name}" for name in fused),
-        ]
+        timed = {row["implementation"] for row in rows if "step_us" in row}
+        names = [name for name in MODEL_ORDER if name in timed]
+        ours = "fused" if "fused" in names else "psum"
+        rivals = [name for name in names if name != ours]
+        cells = []
+        for (phase, batch, tokens), line in common.grouped(
+            rows, "phase", "batch", "tokens"
+        ).items():
+            best_of = best(line, "step_us")
+            cells.append(
+                [
+                    f"{phase}, batch {batch}",
+                    *(_wall(best_of.get(name), False) for name in names),
+                    _floor(line),
+                    *(faster(best_of.get(name), best_of.get(ours)) for name in rivals),
+                    _rate(best_of.get(ours), tokens),
+                ]
+            )
+        header = ["us a step", *names, "floor", *(f"{name} / {ours}" for name in rivals)]
         errors = [row["relative_error"] for row in rows if "relative_error" in row]
-        off = f"; logits are off by {max(errors):.1%} at most" if errors else ""
+        off = f"; logits differ by {max(errors):.1%} at most" if errors else ""
         parts.append(
-            f"### {model}\n\nWall time; in brackets psum's best flag set{off}.\n\n"
-            + common.table(header, cells)
+            f"### {model}\n\n{_size_of(facts.get(model))}Wall time; the floor is that of each GPU "
+            f"of the mesh{off}.\n\n" + common.table([*header, f"{ours}, tokens/s"], cells)
         )
+        if profiles := [row for row in rows if "shares" in row]:
+            parts.append("Profiles of the decodes, on one GPU.\n\n" + _shares(profiles))
     return "\n\n".join([*parts, *_troubles(record)])
+
+
+def _size_of(model: dict[str, Any] | None) -> str:
+    if model is None:
+        return ""
+    return (
+        f"{model['layers']} layers, D = {model['hidden']}; copies run at "
+        f"{model['bandwidth'] / 1e12:.2f} TB/s, matmuls at {model['matmul_rate'] / 1e12:.0f} "
+        "TFLOP/s. "
+    )
+
+
+def _floor(rows: Sequence[dict[str, Any]]) -> str:
+    """The floor among rows of one line: that of most ranks; in brackets with every expert read."""
+    rows = [row for row in rows if "floor_us" in row]
+    if not rows:
+        return ""
+    row = max(rows, key=lambda row: row["ranks"])
+    every = row.get("floor_all_experts_us", row["floor_us"])
+    return f"{row['floor_us']:.0f}" + (f" [{every:.0f}]" if every > row["floor_us"] else "")
+
+
+def _shares(rows: Sequence[dict[str, Any]]) -> str:
+    """Table of kernels a step and the share of each class."""
+    cells = [
+        [
+            f"{row['implementation']}, batch {row['batch']}",
+            f"{row['kernels']:.0f}",
+            f"{row['profiled_us']:.0f}",
+            *(f"{row['shares'][kind]:.0%}" for kind in xplane.ORDER),
+        ]
+        for row in rows
+    ]
+    return common.table(["", "kernels a step", "us a step, profiled", *xplane.ORDER], cells)
 
 
 def _rate(timing: Timing | None, tokens: int) -> str:
@@ -491,6 +532,44 @@ def block_plot(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
 
 
+def model_plot(record: Record, path: Path) -> None:
+    """Time of a decode step over the batch, a panel for each model, with its floor."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    decodes = [row for row in record["rows"] if row["phase"] == "decode" and "step_us" in row]
+    models = common.grouped(decodes, "model")
+    columns = min(3, max(1, len(models)))
+    lines_of_panels = math.ceil(len(models) / columns) or 1
+    figure = Figure(figsize=(5.4 * columns, 4.2 * lines_of_panels), layout="constrained")
+    panels = figure.subplots(lines_of_panels, columns, squeeze=False).ravel()
+    for axes in panels[len(models) :]:
+        axes.set_axis_off()
+    for axes, (model, rows) in zip(panels, models.items()):
+        lines = common.grouped(rows, "batch")
+        timings = {batch: best(line, "step_us") for batch, line in lines.items()}
+        _panel(axes, model.replace("_", " "), "us a decode step, wall time")
+        _microsecond_axis(axes)
+        ends = []
+        for name in MODEL_ORDER:
+            points = [(n, line[name].wall.median) for n, line in timings.items() if name in line]
+            if points:
+                x, y = zip(*points)
+                width = 2.4 if name == "fused" else 1.6
+                axes.plot(x, y, "-o", color=COLORS[name], linewidth=width, markersize=4)
+                ends.append((x[-1], y[-1], name, COLORS[name]))
+        floors = [max(line, key=lambda row: row["ranks"])["floor_us"] for line in lines.values()]
+        axes.plot([*lines], floors, color=COLORS["floor"], linewidth=1.2, dashes=(5, 2))
+        ends.append((max(lines), floors[-1], "floor", COLORS["floor"]))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([*lines], [str(batch) for batch in lines])
+        axes.minorticks_off()
+        axes.set_xlabel("batch", fontsize=9)
+        _label_ends(axes, ends)
+    footer = headline(record) + ", bfloat16, random weights"
+    figure.text(0.005, -0.03, footer, fontsize=8, color="#777777")
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+
+
 def profile_plot(record: Record, path: Path) -> None:
     """Timelines of the first device on one scale, over stacked bars of the same device."""
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -555,11 +634,11 @@ def profile_plot(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
 
 
-#: Of each kind: its tables, and its picture if it has one.
+#: Of each kind: its tables, and its picture.
 KINDS = {
     "op": (op_markdown, op_plot),
     "block": (block_markdown, block_plot),
-    "model": (model_markdown, None),
+    "model": (model_markdown, model_plot),
     "profile": (profile_markdown, profile_plot),
 }
 
@@ -573,8 +652,8 @@ def finish(kind: str, content: Record, directory: Path) -> None:
     timed = any(row.keys() & {"wall_us", "layer_us", "step_us"} for row in record["rows"])
     if not timed and "comparison" not in record:
         sys.exit("nothing was timed")
-    if picture := plot(record, path.parent):
-        print(picture)
+    if can_draw():
+        print(plot(record, path.parent))
     if any(row.get("matches") is False for row in record["rows"]):
         sys.exit("a result is wrong")
 
@@ -584,13 +663,24 @@ def markdown(record: Record) -> str:
     return KINDS[record["kind"]][0](record)
 
 
-def plot(record: Record, folder: Path) -> Path | None:
-    """The picture of a record, where it was written; None for a kind that has none."""
-    draw = KINDS[record["kind"]][1]
-    if draw is None:
-        return None
+def merged(records: Sequence[Record], name: str) -> Record:
+    """One record with the rows and notes of several of one kind; the rest is the first one's."""
+    facts = {key: fact for record in reversed(records) for key, fact in record["facts"].items()}
+    rows = [row for record in records for row in record["rows"]]
+    notes = [note for record in records for note in record["notes"]]
+    return records[0] | {"facts": facts, "rows": rows, "notes": notes, "name": name}
+
+
+def can_draw() -> bool:
+    """Returns whether matplotlib is installed; gather_gemma.py's stand-in for it has no file."""
+    spec = importlib.util.find_spec("matplotlib")
+    return spec is not None and spec.origin is not None
+
+
+def plot(record: Record, folder: Path) -> Path:
+    """Draws the picture of a record into a folder and returns its path."""
     path = folder / f"{record['name']}.png"
-    draw(record, path)
+    KINDS[record["kind"]][1](record, path)
     return path
 
 
@@ -600,14 +690,23 @@ def main() -> None:
     )
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, help="folder of the plots; default: that of the record")
+    parser.add_argument(
+        "--merge", metavar="NAME", help="make one record of them, NAME.json in --out"
+    )
     arguments = parser.parse_args()
-    for path in arguments.records:
-        record = read(path)
+    records = [read(path) for path in arguments.records]
+    for path, record in zip(arguments.records, records):
         if record["kind"] not in KINDS:
             parser.error(f"{path}: kind must be one of {[*KINDS]}, got {record['kind']!r}")
+    folders = [arguments.out or path.parent for path in arguments.records]
+    if arguments.merge:
+        if len({record["kind"] for record in records}) > 1:
+            parser.error("--merge needs records of one kind")
+        records = [merged(records, arguments.merge)]
+        common.save(records[0], folders[0] / f"{arguments.merge}.json")
+    for record, folder in zip(records, folders):
         print(markdown(record))
-        picture = plot(record, arguments.out or path.parent)
-        print(f"\n{picture}\n" if picture else "")
+        print(f"\n{plot(record, folder)}\n")
 
 
 if __name__ == "__main__":

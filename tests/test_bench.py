@@ -1,6 +1,8 @@
 """The benchmarks: traces are read right, and what runs on GPUs at least lowers for them."""
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -8,11 +10,15 @@ import re
 import statistics
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import block
 import common
 import jax
+import jax.numpy as jnp
+import model
+import numpy as np
 import op
 import profile_compare
 import pytest
@@ -344,22 +350,169 @@ def test_best_flag_set_counts_and_wrong_results_do_not():
     assert "RuntimeError: no link" in text
 
 
-def test_tokens_a_second():
-    line = {"model": "Gemma4_E2B", "flag_set": "A", "matches": True, "relative_error": 0.04}
-    decode = line | {"phase": "decode", "batch": 16, "tokens": 16}
+def model_record():
+    """A record of one model on two GPUs, with a wrong row and a profile."""
+    line = {"model": "Gemma4_26B_A4B", "flag_set": "A", "matches": True, "relative_error": 0.04}
+    floors = {"floor_us": 640.0, "floor_all_experts_us": 840.0, "ranks": 2}
+    alone = {"floor_us": 1280.0, "floor_all_experts_us": 1680.0, "ranks": 1}
+    decode = line | floors | {"phase": "decode", "batch": 16, "tokens": 16}
+    shares = dict.fromkeys(xplane.ORDER, 0.2)
     rows = [
-        decode | {"implementation": "psum", "step_us": [1900.0, 2000.0, 2100.0]},
-        decode | {"implementation": "psum", "step_us": [4000.0] * 3, "flag_set": "C"},
-        decode | {"implementation": "fused", "step_us": [900.0, 1000.0, 1100.0]},
-        decode | {"implementation": "fused again", "step_us": [9.0] * 3, "matches": False},
+        decode | alone | {"implementation": "official, one GPU", "step_us": [2990.0, 3000.0, 3010]},
+        decode
+        | {"implementation": "fused", "step_us": [900.0, 1000.0, 1100.0]}
+        | {"kernels": 917.4, "profiled_us": 1020.0, "shares": shares},
+        decode | {"implementation": "official, partitioned", "step_us": [4000.0] * 3},
+        decode | {"implementation": "psum", "step_us": [2000.0] * 3},
+        decode | {"implementation": "psum", "step_us": [9.0] * 3, "matches": False},
+        decode
+        | {"phase": "sampler", "implementation": "fused", "step_us": [1000.0, 1010.0, 1020.0]},
     ]
-    facts = {"mode": "mesh", "ranks": 2, "layers": 35, "hidden": 1536, "prompt": 1024}
+    facts = {"mode": "mesh", "ranks": 2, "prompt": 1024}
+    facts["Gemma4_26B_A4B"] = {
+        "layers": 30,
+        "hidden": 2816,
+        "bandwidth": 3e12,
+        "matmul_rate": 6e14,
+    }
     machine = {"gpus": [], "driver": None, "versions": {}, "commit": "0"}
-    record = {"kind": "model", "rows": rows, "facts": facts, "machine": machine, "notes": []}
-    text = report.markdown(record | {"created": "2026-01-01"})
-    times = "2000.0 ± 100.0 [A] | 1000.0 ± 100.0"
-    assert f"| decode, batch 16 | {times} | 8000.0 ± 400.0 | 16000.0 ± 1600.0 | 2.00 |" in text
-    assert "WRONG RESULT: model Gemma4_E2B, phase decode, batch 16" in text
+    record = {"kind": "model", "rows": rows, "facts": facts, "machine": machine, "notes": ["n"]}
+    return record | {"created": "2026-01-01", "name": "model-x"}
+
+
+def test_table_of_models(tmp_path):
+    text = report.markdown(model_record())
+    assert (
+        "| us a step | official, one GPU | official, partitioned | psum | fused | floor |" in text
+    )
+    times = "3000.0 ± 10.0 | 4000.0 ± 0.0 | 2000.0 ± 0.0 | 1000.0 ± 100.0"
+    ratios = "3.00 | 4.00 | 2.00 | 16000.0 ± 1600.0"
+    assert f"| decode, batch 16 | {times} | 640 [840] | {ratios} |" in text
+    assert "| sampler, batch 16 |  |  |  | 1010.0 ± 10.0 |" in text
+    assert "| fused, batch 16 | 917 | 1020 | 20% |" in text
+    assert "30 layers, D = 2816; copies run at 3.00 TB/s, matmuls at 600 TFLOP/s." in text
+    assert "WRONG RESULT: model Gemma4_26B_A4B, phase decode, batch 16" in text
+    assert report.plot(model_record(), tmp_path).stat().st_size > 10_000
+
+
+def test_merged_records(tmp_path, monkeypatch):
+    """Rows of both, and the facts of each model."""
+    first, second = model_record(), model_record()
+    second["facts"] = {"mode": "cpu", "Gemma4_E2B": {}}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for record, path in zip((first, second), paths):
+        common.save(record, path)
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, paths), "--merge", "both"])
+    report.main()
+    both = report.read(tmp_path / "both.json")
+    assert both["rows"] == first["rows"] + second["rows"]
+    assert both["facts"] == first["facts"] | {"Gemma4_E2B": {}}
+    assert (tmp_path / "both.png").exists()
+
+
+def test_every_model_runs_in_a_child_of_its_own(monkeypatch):
+    """A model that fails takes no rows of the others with it."""
+    started = []
+
+    def run_child(flag_set, seconds, on_row, extra_flags="", extra_arguments=()):
+        started.append((flag_set, *extra_arguments))
+        on_row({"facts": {"mode": "mesh", "timings": 1, extra_arguments[1]: {"layers": 2}}})
+        on_row({"note": f"{extra_arguments[1]}: left out"})
+        on_row({"model": extra_arguments[1]})
+        return "stopped after 9 s" if extra_arguments[1] == "A" else None
+
+    monkeypatch.setattr(common, "run_child", run_child)
+    arguments = argparse.Namespace(child_seconds=9)
+    variants = [("--models", name) for name in "AB"]
+    content = common.run_children(["C", "A"], arguments, "{model}", variants)
+    assert started == [(flags, "--models", name) for name in "AB" for flags in "AC"]
+    assert content["facts"]["A"] == content["facts"]["B"] == {"layers": 2}
+    assert [row["model"] for row in content["rows"]] == ["A", "A", "B", "B"]
+    assert content["notes"].count("A stopped after 9 s") == 2
+    assert "B: left out" in content["notes"]
+
+
+@pytest.fixture
+def gemma():
+    """Skips without the package, and lets it warn while it is imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("gemma", reason="needs google-deepmind/gemma: pip install '.[gemma]'")
+        yield
+
+
+@pytest.mark.usefixtures("gemma")
+@pytest.mark.parametrize("name", ["E2B", "26B_A4B", "Gemma3"])
+def test_work_of_a_step(name, cpus):
+    """By hand, for each kind of model at small sizes, on one device."""
+    cls = {"E2B": "Gemma4_E2B", "26B_A4B": "Gemma4_26B_A4B", "Gemma3": "Gemma3_4B"}[name]
+    official = model.official(cls, 4, small=True)
+    config = official.config
+    mesh = jax.make_mesh((1,), ("tp",), devices=cpus[:1])
+    whole = jax.NamedSharding(mesh, jax.P())
+
+    def struct(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole)
+
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = jax.eval_shape(official.init, jax.random.key(0), token)["params"]
+    params = jax.tree.map(struct, params)
+    make = functools.partial(config.init_cache, batch_size=2, dtype=jnp.bfloat16, cache_length=64)
+    cache = jax.tree.map(struct, jax.eval_shape(make))
+    assert config.sliding_window_size == 16
+
+    everything = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
+    if name == "E2B":  # two of four layers use the keys and values of the others
+        everything -= 2 * params["embedder"]["per_layer_embeddings"].size
+        for layer in ("layer_2", "layer_3"):
+            everything -= 2 * params[layer]["attn"]["kv_einsum"]["w"].size
+    kv = 0
+    for i in range(2 if name == "E2B" else 4):
+        kv += 2 * 2 * cache[f"layer_{i}"]["k"].size * (16 / 64 if i % 2 == 0 else 1)
+    work = model.step_work(config, params, cache, every_expert=True)
+    assert work.bytes == everything + kv
+    if name == "26B_A4B":  # 8 experts, of which a token chooses 8
+        assert model.step_work(config, params, cache).bytes == work.bytes
+        fewer = dataclasses.replace(config, top_k_experts=1)
+        experts = sum(
+            2 * params[f"layer_{i}"]["mlp"][kind]["w"].size
+            for i in range(4)
+            for kind in ("gating_einsum", "linear")
+        )
+        assert model.step_work(fewer, params, cache).bytes == work.bytes - experts * 6 / 8
+    prompt = model.step_work(config, params, cache, tokens=64)
+    assert prompt.bytes == everything
+    assert prompt.flops > 60 * (work.flops - 4 * params["embedder"]["input_embedding"].size)
+
+
+def test_noise_is_the_same_on_every_mesh(cpus):
+    mesh = jax.make_mesh((2,), ("tp",), devices=cpus[:2])
+    make = functools.partial(jax.jit, model.noise, static_argnums=0)
+    whole = make()((64, 640), jnp.uint32(3))
+    sharded = make(out_shardings=jax.NamedSharding(mesh, jax.P("tp")))((64, 640), jnp.uint32(3))
+    assert (np.asarray(whole) == np.asarray(sharded)).all()
+    assert abs(float(whole.mean())) < 0.02
+    assert float(whole.std()) == pytest.approx(1, abs=0.02)
+    other = make()((64, 640), jnp.uint32(4))
+    assert abs(np.corrcoef(whole.ravel(), other.ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.usefixtures("gemma")
+def test_model_on_cpus(tmp_path):
+    record = run("model.py", out=tmp_path)
+    assert record["notes"] == []
+    assert [(r["implementation"], r["phase"]) for r in record["rows"]] == [
+        ("official, one GPU", "prefill"),
+        ("official, one GPU", "decode"),
+        ("official, one GPU", "sampler"),
+        ("official, partitioned", "prefill"),
+        ("official, partitioned", "decode"),
+        ("psum", "prefill"),
+        ("psum", "decode"),
+        ("psum", "sampler"),
+    ]
+    assert all(row["matches"] and row["floor_us"] > 0 for row in record["rows"])
+    assert max(row.get("relative_error", 0) for row in record["rows"]) < 0.05
 
 
 def test_model_without_gemma():
