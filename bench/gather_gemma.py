@@ -41,13 +41,13 @@ STAND_INS = (
     "mediapy",
     "pandas",
     "sklearn",
-    "tensorboard",
     "tensorflow",
     "tensorflow_datasets",
 )
 
-# Registers classes of grain, so it is replaced although it is there.
-REPLACED = "kauldron.data.iterators.pygrain_handler"
+# Replaced where they are installed, too: the first registers classes of grain, the second imports
+# TensorFlow.
+REPLACED = ("kauldron.data.iterators.pygrain_handler", "tensorboard")
 
 SITECUSTOMIZE = f'''\
 """Stand-ins for packages that google-deepmind/gemma imports and a model does not use."""
@@ -109,7 +109,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-sys.meta_path.insert(0, _Finder((REPLACED,)))
+sys.meta_path.insert(0, _Finder(REPLACED))
 sys.meta_path.append(_Finder(PACKAGES))  # asked last, so what is installed comes first
 '''
 

@@ -40,9 +40,10 @@ import xplane
 
 import jax_gemma_arf as jga
 
-#: ||out - want|| / ||want|| of bfloat16 logits; a model with its tails in the wrong order is off
-#: by 1 or so.
-BOUND = 2**-3
+#: ||out - want|| / ||want|| of bfloat16 logits. After the 60 layers of 31B, the rounding of the
+#: official model's own norms is off by 0.15 from float32, and ours by 0.10 (a narrow one, on a CPU);
+#: a model with its tails in the wrong order is off by 1 or so.
+BOUND = 2**-2
 
 MODELS = ("Gemma4_E2B", "Gemma4_E4B", "Gemma3_4B", "Gemma4_26B_A4B", "Gemma4_31B")
 OFFICIAL_ALONE, OFFICIAL_PARTITIONED = "official, one GPU", "official, partitioned"
@@ -283,6 +284,12 @@ class Bench:
         elif self.flag_set == "A":
             self.sides.insert(0, Side(alone, {OFFICIAL_ALONE: self.official}))
 
+        if chosen := set(arguments.implementations or ()):
+            self.sides = [
+                side._replace(models={k: v for k, v in side.models.items() if k in chosen})
+                for side in self.sides
+                if chosen & side.models.keys()
+            ]
         batches = arguments.batches
         self.lines = [("prefill", 1), *(("decode", batch) for batch in batches)]
         self.sampled = {OFFICIAL_ALONE, "fused" if "fused" in over_mesh else "psum"}
@@ -608,6 +615,12 @@ def main() -> None:
         "--layers", type=int, default=0, help="cut down to so many, a multiple of 4; 0: all"
     )
     parser.add_argument("--batches", type=int, nargs="+", help="of the decodes; default: 1, 2, 16")
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=(OFFICIAL_ALONE, OFFICIAL_PARTITIONED, "psum", "fused"),
+        help="default: all; the compiler is slow for 26B-A4B on one GPU",
+    )
     parser.add_argument("--prompt", type=int, default=1024, help="tokens, and length of the cache")
     parser.add_argument("--steps", type=int, default=16, help="of each timed decode")
     parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=["A"])
