@@ -466,6 +466,11 @@ Error InitializeLoopback(int32_t device, Call* call, ffi::RemainingArgs args) {
 std::atomic<int64_t> enqueued{0};
 std::atomic<int64_t> recorded{0};
 
+void CountRecorded() {
+  enqueued.fetch_add(1, std::memory_order_relaxed);
+  recorded.fetch_add(1, std::memory_order_relaxed);
+}
+
 // The launches of one call on one device: one for each rank that the device holds.
 ErrorOr<std::vector<Launch>> LaunchesOf(const Call& call, const Ready& ready,
                                         const ffi::RemainingArgs& args,
@@ -582,7 +587,7 @@ Error RecordMesh(int32_t device, Recorder recorder, Call* call, ffi::RemainingAr
 
   if (recorder.context.action() == ffi::RecordAction::kUpdate) {
     Error error = recorder.context.UpdateLaunch(recorder.context.commands()[0], kernel_args);
-    if (error.success()) recorded.fetch_add(1, std::memory_order_relaxed);
+    if (error.success()) CountRecorded();
     return error;
   }
   const Grid grid = GridOf(launch);
@@ -597,7 +602,7 @@ Error RecordMesh(int32_t device, Recorder recorder, Call* call, ffi::RemainingAr
       function ? kFunctionPointer : ffi::SourceFormat::kCubin, dims, grid.shared_bytes,
       /*uses_pdl=*/true, kernel_args);
   if (command.has_error()) return command.error();
-  recorded.fetch_add(1, std::memory_order_relaxed);
+  CountRecorded();
   return Error::Success();
 }
 

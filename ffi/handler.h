@@ -31,8 +31,9 @@ void SetRecord(bool enabled);
 // The stages that "jax_gemma_arf.tail" is registered with; none before a runtime has asked.
 std::vector<std::string> MeshStages();
 
-// Launches that Execute has enqueued or captured in this process, and launches that Record has added
-// to a CUDA graph or updated there. A replayed graph adds none.
+// Launches that Execute has enqueued or that XLA has captured, and launches that Record has put into
+// a CUDA graph or updated there; the second number counts the latter alone. A replayed graph adds
+// none.
 int64_t EnqueuedLaunches();
 int64_t RecordedLaunches();
 

@@ -116,9 +116,9 @@ NB_MODULE(_ffi, module) {
   module.def("nvlink_peers", &NvlinkPeers,
              "Matrix over CUDA devices: whether one reaches the other's memory over NVLink.");
   module.def("enqueued_launches", &EnqueuedLaunches,
-             "Launches enqueued or captured so far; a replayed CUDA graph adds none.");
+             "Launches enqueued, captured or recorded so far; a replayed CUDA graph adds none.");
   module.def("recorded_launches", &RecordedLaunches,
-             "Launches added to or updated in a CUDA graph; a replayed CUDA graph adds none.");
+             "Of these, launches recorded: put into a CUDA graph as a node, or updated there.");
   module.def("workspace_bytes", &WorkspaceBytes, nb::arg("one_shot"), nb::arg("nranks"),
              nb::arg("message_bytes"),
              "Device memory that one rank's workspace takes for messages of this many bytes.");
