@@ -1,8 +1,8 @@
 // XLA FFI stages. Instantiate reads the attributes. Prepare asks XLA for the replica group's
 // communicator, whose acquisition lines the ranks up. Initialize, which XLA calls at every run,
 // finds the workspace, and creates it at the first. Execute enqueues kernels: it neither allocates
-// nor synchronises, and all state between calls is on the device. Into a CUDA graph, Record puts the
-// kernel of a mesh call as a node of the graph; in loopback XLA captures what Execute enqueues.
+// nor synchronises, and all state between calls is on the device. Record puts the kernel of a mesh
+// call into a CUDA graph, as a node; in loopback XLA captures what Execute enqueues.
 #include "handler.h"
 
 #include <algorithm>
@@ -573,9 +573,9 @@ struct Recording : ffi::internal::RecordExtensionBase<Recorder> {
 };
 constexpr auto kFunctionPointer = static_cast<ffi::SourceFormat>(2);  // of version 0.2
 
-// Called when XLA builds a CUDA graph, and again when buffers of the graph have moved. The node holds
-// a copy of the launch, so a replay needs nothing of the host. A node's grid cannot change, and does
-// not: it depends on the shapes alone.
+// Called when XLA builds a CUDA graph, and again when buffers of the graph have moved. The node
+// holds a copy of the launch, so a replay needs nothing of the host. A node's grid cannot change,
+// and does not: it depends on the shapes alone.
 Error RecordMesh(int32_t device, Recorder recorder, Call* call, ffi::RemainingArgs args,
                  ffi::RemainingRets rets) {
   const Ready* ready = call->FindReady(device);

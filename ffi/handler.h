@@ -21,8 +21,8 @@ struct Target {
 
 // "jax_gemma_arf.register_tail": not to be called; when it is registered, it registers
 // "jax_gemma_arf.tail" in the same runtime. That target runs one rank a device, over a mesh.
-// "jax_gemma_arf.loopback_tail": all ranks that this process holds on one device, on streams of their
-// own; partial sums and results have a leading axis of ranks.
+// "jax_gemma_arf.loopback_tail": all ranks that this process holds on one device, on streams of
+// their own; partial sums and results have a leading axis of ranks.
 extern const Target kTargets[2];
 
 // Whether "jax_gemma_arf.tail" gets a record handler, yes if never set. Before its registration.
@@ -31,9 +31,9 @@ void SetRecord(bool enabled);
 // The stages that "jax_gemma_arf.tail" is registered with; none before a runtime has asked.
 std::vector<std::string> MeshStages();
 
-// Launches that Execute has enqueued or that XLA has captured, and launches that Record has put into
-// a CUDA graph or updated there; the second number counts the latter alone. A replayed graph adds
-// none.
+// Launches of this process that Execute has enqueued or XLA has captured, and launches that Record
+// has put into a CUDA graph or updated there; the second number counts the latter alone. A replayed
+// graph adds none.
 int64_t EnqueuedLaunches();
 int64_t RecordedLaunches();
 

@@ -8,8 +8,8 @@
 #include "epilogue.cuh"
 #include "exchange.cuh"
 
-// The kernels as nvcc embeds them in this object file: code for every architecture. nvcc declares the
-// same symbol behind this file; it is a local label of the assembler.
+// The kernels as nvcc embeds them in this object file: code for every architecture. nvcc declares
+// the same symbol behind this file; it is a local label of the assembler.
 extern "C" const unsigned long long fatbinData[];
 
 namespace jax_gemma_arf {
@@ -70,20 +70,16 @@ __device__ __forceinline__ void CountBlock(Control* control) {
   }
 }
 
-// Kernels are launched programmatically: the grid may start while its predecessors still run, and
-// its successor while it still runs.
-//
-// Waits until all predecessors have completed and their writes are visible. Any operand may be the
-// output of a predecessor, and the counter and the slots belong to the call before, which may be a
+// Kernels are launched programmatically: a grid may start while its predecessors still run. Waits
+// until all predecessors have completed and their writes are visible. Any operand may be the output
+// of a predecessor, and the counter and the slots belong to the call before, which may be a
 // predecessor itself, so only the launch's parameters are read earlier. Every thread waits: that
 // this grid has completed must imply that its predecessors have.
+//
+// There is no early trigger (griddepcontrol.launch_dependents): a successor starts when all blocks
+// have exited. XLA's kernels wait too, but before they wait they may load what they take for
+// constant, which are the outputs of all kernels but XLA's own matmuls with a trigger.
 __device__ __forceinline__ void AwaitPredecessors() { cudaGridDependencySynchronize(); }
-
-// Lets the successor start once every block has got here, all of which are then resident: blocks of
-// the successor cannot take the place of a block that a peer waits for. The successor sees nothing
-// of this grid before its own AwaitPredecessors (or griddepcontrol.wait), which waits for the end
-// of this grid.
-__device__ __forceinline__ void StartSuccessor() { cudaTriggerProgrammaticLaunchCompletion(); }
 
 // Sums the ranks' shares of a row, in float32 in rank order, and rounds once to T. `slot` is where
 // source 0's share arrives in this rank's memory, `own` where this rank's is. kInFlight shares are
@@ -151,7 +147,6 @@ __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
   epilogue.Prefetch(int64_t{lane.first} * launch.hidden + lane.column);
   epilogue.Await();
   CountBlock(launch.peers.control);
-  StartSuccessor();
   for (int token = lane.first; token < launch.tokens; token += lane.step) {
     const int64_t index = int64_t{token} * launch.hidden + lane.column;
     if (token != lane.first) epilogue.Prefetch(index);
@@ -245,7 +240,6 @@ __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
   send(lane.first);
   epilogue.Await();
   CountBlock(launch.peers.control);
-  StartSuccessor();
   for (int group = lane.first; group < groups + lane.step; group += lane.step) {
     const int sent = group + lane.step, collected = group - lane.step;
     if (sent < groups) send(sent);

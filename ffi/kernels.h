@@ -124,7 +124,7 @@ Grid GridOf(const Launch& launch);
 // programmatic: the kernel may start before the kernel in front of it in the stream has ended.
 cudaError_t Enqueue(const Launch& launch, bool programmatic, cudaStream_t stream);
 
-// The code of one kernel, for a runtime that launches it itself, with a Launch as the only argument.
+// The code of one kernel, for a runtime that launches it itself: a Launch is the only argument.
 struct KernelCode {
   const char* name;   // mangled, in the image
   const void* image;  // fat binary of all kernels, for every architecture

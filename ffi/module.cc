@@ -112,7 +112,7 @@ NB_MODULE(_ffi, module) {
   module.def("set_record", &SetRecord, nb::arg("enabled"),
              "Whether the mesh target is registered with a record handler; before registration.");
   module.def("mesh_stages", &MeshStages,
-             "The stages that the mesh target is registered with; none before a runtime has asked.");
+             "Stages that the mesh target is registered with; none before a runtime has asked.");
   module.def("nvlink_peers", &NvlinkPeers,
              "Matrix over CUDA devices: whether one reaches the other's memory over NVLink.");
   module.def("enqueued_launches", &EnqueuedLaunches,

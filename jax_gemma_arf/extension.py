@@ -28,7 +28,7 @@ if _ffi is not None and _ffi.__version__ != __version__:
     )
 
 
-#: Whether mesh calls record their kernel as a node of XLA's CUDA graphs, rather than being captured.
+#: Whether the kernel of a mesh call becomes a node of XLA's CUDA graph, instead of being captured.
 #: XLA's interface for it is under development, so a jaxlib newer than those tested gets none. Read
 #: once, by load().
 RECORD = jaxlib.version.__version_info__ < (0, 13)

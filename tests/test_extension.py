@@ -40,6 +40,7 @@ def test_mesh_handlers_register(built, record):
         f"extension.RECORD = {record}\n"
         "built = extension.load()\n"
         "assert built.mesh_stages() == []\n"
+        "jax.devices()  # registrations wait for the runtime\n"
         "for name, registration in built.type_registrations().items():\n"
         "    jax.ffi.register_ffi_type(name, registration, platform='cpu')\n"
         f"stages = built.registrations()['{REGISTER_TARGET}']\n"
