@@ -1,8 +1,8 @@
 // XLA FFI stages. Instantiate reads the attributes. Prepare asks XLA for the replica group's
 // communicator, whose acquisition lines the ranks up. Initialize, which XLA calls at every run,
-// finds the workspace, and creates it at the first. Execute enqueues kernels, which XLA may capture
-// into a CUDA graph: it neither allocates nor synchronises, and all state between calls is on the
-// device.
+// finds the workspace, and creates it at the first. Execute enqueues kernels: it neither allocates
+// nor synchronises, and all state between calls is on the device. Record puts the kernel of a mesh
+// call into a CUDA graph, as a node; in loopback XLA captures what Execute enqueues.
 #include "handler.h"
 
 #include <algorithm>
@@ -26,6 +26,7 @@
 #include "watchdog.h"
 #include "workspace.h"
 #include "xla/ffi/api/collectives_api.h"
+#include "xla/ffi/api/record_api.h"
 
 namespace jax_gemma_arf {
 namespace {
@@ -111,6 +112,7 @@ class Registry {
 struct Ready {
   const Parts* parts;
   int max_ctas;
+  KernelCode code;
 };
 
 // One custom call instruction, shared by all local devices. Attributes, and what Initialize found.
@@ -380,9 +382,15 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const ffi::Remai
                     " blocks of this kernel, too few for " + std::to_string(ranks.size()) +
                     " ranks of at least " + std::to_string(kLeastCtas));
   }
+  KernelCode code = {};
+  if (const std::string failure =
+          Describe(FindCode(arguments->kind, &code), "finding the kernel's code");
+      !failure.empty()) {
+    return Internal(failure);
+  }
   const std::lock_guard<std::mutex> lock(call.mutex);
   if (call.ready.empty()) call.name = NameCall(Summary(call, *arguments));
-  call.ready[device] = Ready{parts, max_ctas};
+  call.ready[device] = Ready{parts, max_ctas, code};
   return Error::Success();
 }
 
@@ -456,16 +464,20 @@ Error InitializeLoopback(int32_t device, Call* call, ffi::RemainingArgs args) {
 }
 
 std::atomic<int64_t> enqueued{0};
+std::atomic<int64_t> recorded{0};
 
-Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArgs args,
-              ffi::RemainingRets rets) {
-  const Ready* ready = call->FindReady(device);
-  if (ready == nullptr) {
-    return Internal("Execute before Initialize on device " + std::to_string(device));
-  }
-  const Parts& parts = *ready->parts;
+void CountRecorded() {
+  enqueued.fetch_add(1, std::memory_order_relaxed);
+  recorded.fetch_add(1, std::memory_order_relaxed);
+}
+
+// The launches of one call on one device: one for each rank that the device holds.
+ErrorOr<std::vector<Launch>> LaunchesOf(const Call& call, const Ready& ready,
+                                        const ffi::RemainingArgs& args,
+                                        const ffi::RemainingRets& rets) {
+  const Parts& parts = *ready.parts;
   const int64_t ranks = parts.ranks.size();
-  ErrorOr<Arguments> arguments = ArgumentsOf(*call, args, ranks);
+  ErrorOr<Arguments> arguments = ArgumentsOf(call, args, ranks);
   if (arguments.has_error()) return arguments.error();
   const int64_t capacity = parts.ranks[0]->spec().capacity;
   const int64_t needed = CapacityFor(arguments->shape());
@@ -473,8 +485,8 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArg
     return Internal("a message of " + std::to_string(needed) +
                     " bytes does not fit its workspace of " + std::to_string(capacity));
   }
-  if (rets.size() != static_cast<size_t>(1 + call->next_norms)) {
-    return Invalid("expected " + std::to_string(1 + call->next_norms) + " results, got " +
+  if (rets.size() != static_cast<size_t>(1 + call.next_norms)) {
+    return Invalid("expected " + std::to_string(1 + call.next_norms) + " results, got " +
                    std::to_string(rets.size()));
   }
   char* results[1 + kMaxNextNorms];
@@ -491,42 +503,107 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArg
 
   const int64_t x_bytes = arguments->elements() * ItemSize(arguments->kind.dtype);
   const int64_t out_bytes = arguments->elements() * ItemSize(arguments->tail.out_dtype);
-  cudaError_t error = cudaSuccess;
-  if (ranks > 1) error = cudaEventRecord(parts.fork, stream);
-  for (int64_t i = 0; i < ranks && error == cudaSuccess; ++i) {
+  std::vector<Launch> launches(ranks);
+  for (int64_t i = 0; i < ranks; ++i) {
     const RankWorkspace& workspace = *parts.ranks[i];
-    const cudaStream_t own = i == 0 ? stream : parts.streams[i - 1];
-    Launch launch = {};
+    Launch& launch = launches[i];
     launch.kind = arguments->kind;
     launch.rank = workspace.rank();
     launch.tokens = arguments->tokens;
     launch.hidden = arguments->hidden;
-    launch.max_ctas = ready->max_ctas;
-    launch.call = call->name;
+    launch.max_ctas = ready.max_ctas;
+    launch.call = call.name;
     launch.timeout_ns = TimeoutNanoseconds();
-    for (int b = 0; b < call->branches; ++b) {
+    for (int b = 0; b < call.branches; ++b) {
       launch.x[b] = static_cast<const char*>(arguments->x[b]) + i * x_bytes;
     }
     launch.tail = arguments->tail;
     launch.tail.hidden = results[0] + i * out_bytes;
-    for (int n = 0; n < call->next_norms; ++n) {
+    for (int n = 0; n < call.next_norms; ++n) {
       launch.tail.normed[n] = results[1 + n] + i * out_bytes;
     }
     launch.peers = workspace.peers();
+  }
+  return launches;
+}
 
+Error NotReady(const char* stage, int32_t device) {
+  return Internal(std::string(stage) + " before Initialize on device " + std::to_string(device));
+}
+
+Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArgs args,
+              ffi::RemainingRets rets) {
+  const Ready* ready = call->FindReady(device);
+  if (ready == nullptr) return NotReady("Execute", device);
+  ErrorOr<std::vector<Launch>> launches = LaunchesOf(*call, *ready, args, rets);
+  if (launches.has_error()) return launches.error();
+  const Parts& parts = *ready->parts;
+  const size_t ranks = launches->size();
+  cudaError_t error = cudaSuccess;
+  if (ranks > 1) error = cudaEventRecord(parts.fork, stream);
+  for (size_t i = 0; i < ranks && error == cudaSuccess; ++i) {
+    const Launch& launch = (*launches)[i];
+    const cudaStream_t own = i == 0 ? stream : parts.streams[i - 1];
     if (i > 0) error = cudaStreamWaitEvent(own, parts.fork);
     if (error == cudaSuccess && launch.rank != call->absent_rank) {
-      error = Enqueue(launch, own);
+      error = Enqueue(launch, /*programmatic=*/i == 0, own);  // the others follow an event
       if (error == cudaSuccess) enqueued.fetch_add(1, std::memory_order_relaxed);
     }
     if (error == cudaSuccess && i > 0) error = cudaEventRecord(parts.joins[i - 1], own);
   }
-  for (int64_t i = 1; i < ranks && error == cudaSuccess; ++i) {
+  for (size_t i = 1; i < ranks && error == cudaSuccess; ++i) {
     error = cudaStreamWaitEvent(stream, parts.joins[i - 1]);
   }
   if (error == cudaSuccess) return Error::Success();
-  return Internal(Describe(error, "launching for " + std::to_string(arguments->tokens) +
-                                      " tokens of " + std::to_string(arguments->hidden)));
+  return Internal(Describe(error, "launching for " + std::to_string((*launches)[0].tokens) +
+                                      " tokens of " + std::to_string((*launches)[0].hidden)));
+}
+
+// XLA's record extension, in the flavour for other libraries. From version 0.2 on it also takes a
+// function that is loaded already.
+struct Recorder {
+  ffi::internal::RecordContextBase<ffi::internal::ErrorPolicy> context;
+  bool takes_functions;
+};
+struct Recording : ffi::internal::RecordExtensionBase<Recorder> {
+  static bool Support(int32_t major, int32_t minor) { return major == 0 && minor >= 1; }
+  static Recorder Create(const XLA_FFI_Api* api, const CExtension* extension) {
+    return {{api, extension->record_frame}, extension->extension_base.id.minor_version >= 2};
+  }
+};
+constexpr auto kFunctionPointer = static_cast<ffi::SourceFormat>(2);  // of version 0.2
+
+// Called when XLA builds a CUDA graph, and again when buffers of the graph have moved. The node
+// holds a copy of the launch, so a replay needs nothing of the host. A node's grid cannot change,
+// and does not: it depends on the shapes alone.
+Error RecordMesh(int32_t device, Recorder recorder, Call* call, ffi::RemainingArgs args,
+                 ffi::RemainingRets rets) {
+  const Ready* ready = call->FindReady(device);
+  if (ready == nullptr) return NotReady("Record", device);
+  ErrorOr<std::vector<Launch>> launches = LaunchesOf(*call, *ready, args, rets);
+  if (launches.has_error()) return launches.error();
+  const Launch& launch = launches->front();
+  const std::vector<ffi::KernelArg> kernel_args = {ffi::HostValue{&launch, sizeof(launch)}};
+
+  if (recorder.context.action() == ffi::RecordAction::kUpdate) {
+    Error error = recorder.context.UpdateLaunch(recorder.context.commands()[0], kernel_args);
+    if (error.success()) CountRecorded();
+    return error;
+  }
+  const Grid grid = GridOf(launch);
+  XLA_FFI_LaunchDims dims = {};
+  dims.grid = {grid.blocks, 1, 1};
+  dims.block = {grid.threads, 1, 1};
+  if (grid.cluster > 1) dims.cluster = {grid.cluster, 1, 1};
+  const KernelCode& code = ready->code;
+  const bool function = recorder.takes_functions;
+  auto command = recorder.context.CreateLaunch(
+      code.name, function ? code.function : code.image, function ? 0 : code.image_bytes,
+      function ? kFunctionPointer : ffi::SourceFormat::kCubin, dims, grid.shared_bytes,
+      /*uses_pdl=*/true, kernel_args);
+  if (command.has_error()) return command.error();
+  CountRecorded();
+  return Error::Success();
 }
 
 // The attributes of both targets (lowering.py).
@@ -579,14 +656,56 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .RemainingRets(),
                        {ffi::Traits::kCmdBufferCompatible});
 
+XLA_FFI_DEFINE_HANDLER(kRecordMesh, RecordMesh,
+                       ffi::Ffi::BindRecord()
+                           .Ctx<ffi::DeviceOrdinal>()
+                           .Ctx<ffi::Extension<Recording>>()
+                           .Ctx<ffi::State<Call>>()
+                           .RemainingArgs()
+                           .RemainingRets());
+
+std::atomic<bool> use_record{true};
+std::atomic<bool> mesh_registered{false};
+
+constexpr char kMeshTarget[] = "jax_gemma_arf.tail";
+
+// Registers the mesh target with all five stages. Python cannot: PJRT's C API, which its
+// registrations pass through, has four (jaxlib 0.11.2, PJRT_Gpu_Register_Custom_Call_Args), and a
+// record handler is dropped without a word. XLA's own API takes it, and XLA hands that API to every
+// handler, first when it asks for the metadata of a handler that Python registers. A second call
+// with the same handlers does nothing.
+XLA_FFI_Error* RegisterMesh(XLA_FFI_CallFrame* frame) {
+  const XLA_FFI_InternalExtension* extension = frame->extension_start;
+  if (extension != nullptr && extension->type == XLA_FFI_Extension_Metadata) {
+    const XLA_FFI_Handler_Bundle bundle = {kInstantiate, kPrepareMesh, kInitializeMesh, kExecute,
+                                           use_record ? kRecordMesh : nullptr};
+    XLA_FFI_Error* error =
+        ffi::Ffi::RegisterStaticHandler(frame->api, kMeshTarget, "CUDA", bundle, /*traits=*/0);
+    if (error != nullptr) return error;
+    mesh_registered = true;
+  }
+  return kExecute(frame);  // the metadata are those of any Execute; XLA never calls it otherwise
+}
+
 }  // namespace
 
 const Target kTargets[2] = {
-    {"jax_gemma_arf.tail", kInstantiate, kPrepareMesh, kInitializeMesh, kExecute},
+    {"jax_gemma_arf.register_tail", nullptr, nullptr, nullptr, RegisterMesh},
     {"jax_gemma_arf.loopback_tail", kInstantiateLoopback, nullptr, kInitializeLoopback, kExecute},
 };
 
+void SetRecord(bool enabled) { use_record = enabled; }
+
+std::vector<std::string> MeshStages() {
+  if (!mesh_registered) return {};
+  std::vector<std::string> stages = {"instantiate", "prepare", "initialize", "execute"};
+  if (use_record) stages.push_back("record");
+  return stages;
+}
+
 int64_t EnqueuedLaunches() { return enqueued.load(); }
+
+int64_t RecordedLaunches() { return recorded.load(); }
 
 std::vector<WorkspaceReport> ReportWorkspaces() { return Registry::Get().Report(); }
 

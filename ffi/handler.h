@@ -9,7 +9,8 @@
 
 namespace jax_gemma_arf {
 
-// One custom call target: its handler for each stage, nullptr where the stage is not used.
+// A custom call target for Python to register: its handler for each stage, nullptr where the stage
+// is not used.
 struct Target {
   const char* name;
   XLA_FFI_Handler* instantiate;
@@ -18,13 +19,23 @@ struct Target {
   XLA_FFI_Handler* execute;
 };
 
-// "jax_gemma_arf.tail": one rank a device, over a mesh. "jax_gemma_arf.loopback_tail": all ranks
-// that this process holds on one device, on streams of their own; partial sums and results have a
-// leading axis of ranks.
+// "jax_gemma_arf.register_tail": not to be called; when it is registered, it registers
+// "jax_gemma_arf.tail" in the same runtime. That target runs one rank a device, over a mesh.
+// "jax_gemma_arf.loopback_tail": all ranks that this process holds on one device, on streams of
+// their own; partial sums and results have a leading axis of ranks.
 extern const Target kTargets[2];
 
-// Launches that Execute has enqueued or captured in this process. A replayed CUDA graph adds none.
+// Whether "jax_gemma_arf.tail" gets a record handler, yes if never set. Before its registration.
+void SetRecord(bool enabled);
+
+// The stages that "jax_gemma_arf.tail" is registered with; none before a runtime has asked.
+std::vector<std::string> MeshStages();
+
+// Launches of this process that Execute has enqueued or XLA has captured, and launches that Record
+// has put into a CUDA graph or updated there; the second number counts the latter alone. A replayed
+// graph adds none.
 int64_t EnqueuedLaunches();
+int64_t RecordedLaunches();
 
 // One rank's part of a workspace of this process. damage: "", or what happened to its guard words.
 struct WorkspaceReport {

@@ -8,8 +8,21 @@
 #include "epilogue.cuh"
 #include "exchange.cuh"
 
+// The kernels as nvcc embeds them in this object file: code for every architecture. nvcc declares
+// the same symbol behind this file; it is a local label of the assembler.
+extern "C" const unsigned long long fatbinData[];
+
 namespace jax_gemma_arf {
 namespace {
+
+// What fatbinData begins with.
+struct FatbinHeader {
+  uint32_t magic;
+  uint16_t version;
+  uint16_t header_bytes;
+  uint64_t bytes;  // of what follows the header
+};
+constexpr uint32_t kFatbinMagic = 0xba55ed50u;
 
 // 672 threads hold a bfloat16 row of 31B (D = 5376) in one block. They are 21 warps, six of them on
 // one quarter of a multiprocessor, whose 16384 registers give each thread 80: the limit that the
@@ -57,6 +70,17 @@ __device__ __forceinline__ void CountBlock(Control* control) {
   }
 }
 
+// Kernels are launched programmatically: a grid may start while its predecessors still run. Waits
+// until all predecessors have completed and their writes are visible. Any operand may be the output
+// of a predecessor, and the counter and the slots belong to the call before, which may be a
+// predecessor itself, so only the launch's parameters are read earlier. Every thread waits: that
+// this grid has completed must imply that its predecessors have.
+//
+// There is no early trigger (griddepcontrol.launch_dependents): a successor starts when all blocks
+// have exited. XLA's kernels wait too, but before they wait they may load what they take for
+// constant, which are the outputs of all kernels but XLA's own matmuls with a trigger.
+__device__ __forceinline__ void AwaitPredecessors() { cudaGridDependencySynchronize(); }
+
 // Sums the ranks' shares of a row, in float32 in rank order, and rounds once to T. `slot` is where
 // source 0's share arrives in this rank's memory, `own` where this rank's is. kInFlight shares are
 // on their way at a time: as many as there are registers for.
@@ -88,11 +112,15 @@ __device__ __forceinline__ Words<4> Reduce(const Launch& launch, char* slot, int
   return Round<T>(sum);
 }
 
+}  // namespace
+
+// Outside the unnamed namespace: a runtime that loads the image finds the kernels by name.
 template <typename T, int kRanks, int kBranches>
 __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ Words<4> shared[];
   const Lane<T> lane;
+  AwaitPredecessors();
   Words<4> own[kBranches];
 #pragma unroll
   for (int b = 0; b < kBranches; ++b) own[b] = LoadRelaxed<4>(XOf(launch.x[b], lane.first, lane));
@@ -143,6 +171,7 @@ __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ Words<4> shared[];
   const Lane<T> lane;
+  AwaitPredecessors();
   const uint32_t counter = ReadCounter(launch.peers.control);
   Epilogue<T, kBranches> epilogue(launch.tail, lane.column, shared);
   const SlotMap<Algorithm::kTwoShot, kRanks> map(launch.peers.capacity, counter);
@@ -219,6 +248,8 @@ __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
   }
 }
 
+namespace {
+
 // A row is 16 bytes a thread: one block if it fits, else a cluster of 2, 4 or 8. The choice depends
 // on hidden and the dtype alone, and with it the order of the float32 row sum.
 struct RowShape {
@@ -239,10 +270,17 @@ int SharedBytes(const KernelKind& kind, int threads, int next_norms) {
   return scales * threads * (kVectorBytes / ItemSize(kind.dtype)) * static_cast<int>(sizeof(float));
 }
 
-cudaLaunchAttribute ClusterAttribute(const RowShape& shape) {
+cudaLaunchAttribute ClusterAttribute(int cluster) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  return attribute;
+}
+
+cudaLaunchAttribute ProgrammaticAttribute() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   return attribute;
 }
 
@@ -276,21 +314,40 @@ const void* KernelOf(const KernelKind& kind) {
 
 }  // namespace
 
-cudaError_t Enqueue(const Launch& launch, cudaStream_t stream) {
+Grid GridOf(const Launch& launch) {
   const RowShape shape = ShapeOfRow(launch.kind.dtype, launch.hidden);
   const bool one_shot = launch.kind.algorithm == Algorithm::kOneShot;
   const int units =
       one_shot ? launch.tokens : (launch.tokens + launch.kind.nranks - 1) / launch.kind.nranks;
-  cudaLaunchAttribute cluster = ClusterAttribute(shape);
+  return {std::min(units, launch.max_ctas / shape.cluster) * shape.cluster, shape.threads,
+          shape.cluster, SharedBytes(launch.kind, shape.threads, launch.tail.next_norms)};
+}
+
+cudaError_t Enqueue(const Launch& launch, bool programmatic, cudaStream_t stream) {
+  const Grid grid = GridOf(launch);
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(units, launch.max_ctas / shape.cluster) * shape.cluster);
-  config.blockDim = dim3(shape.threads);
-  config.dynamicSmemBytes = SharedBytes(launch.kind, shape.threads, launch.tail.next_norms);
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  if (grid.cluster > 1) attributes[config.numAttrs++] = ClusterAttribute(grid.cluster);
+  if (programmatic) attributes[config.numAttrs++] = ProgrammaticAttribute();
   void* args[] = {const_cast<Launch*>(&launch)};
   return cudaLaunchKernelExC(&config, KernelOf(launch.kind), args);
+}
+
+cudaError_t FindCode(const KernelKind& kind, KernelCode* code) {
+  const auto* header = reinterpret_cast<const FatbinHeader*>(fatbinData);
+  if (header->magic != kFatbinMagic) return cudaErrorInvalidKernelImage;
+  code->image = fatbinData;
+  code->image_bytes = header->header_bytes + header->bytes;
+  cudaError_t error = cudaFuncGetName(&code->name, KernelOf(kind));
+  cudaFunction_t function = nullptr;
+  if (error == cudaSuccess) error = cudaGetFuncBySymbol(&function, KernelOf(kind));
+  code->function = function;
+  return error;
 }
 
 cudaError_t Preload() {
@@ -315,7 +372,7 @@ cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int next_norms, int
   const RowShape shape = ShapeOfRow(kind.dtype, hidden);
   const int shared = SharedBytes(kind, shape.threads, next_norms);
   if (shape.cluster > 1) {
-    cudaLaunchAttribute cluster = ClusterAttribute(shape);
+    cudaLaunchAttribute cluster = ClusterAttribute(shape.cluster);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(shape.cluster);
     config.blockDim = dim3(shape.threads);

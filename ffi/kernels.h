@@ -111,8 +111,27 @@ constexpr Failure DecodeFailure(uint64_t word) {
 // What fills a slot that nothing has arrived in: every bit set, a NaN in all three dtypes.
 inline constexpr int kEmptyByte = 0xff;
 
+// The grid of a launch. Depends on the shapes of the call and on max_ctas, not on its buffers.
+struct Grid {
+  int blocks;
+  int threads;  // of a block
+  int cluster;  // blocks of a cluster; 1: no clusters
+  int shared_bytes;
+};
+Grid GridOf(const Launch& launch);
+
 // Enqueues exactly one kernel. Neither allocates nor synchronises, so it can be captured.
-cudaError_t Enqueue(const Launch& launch, cudaStream_t stream);
+// programmatic: the kernel may start before the kernel in front of it in the stream has ended.
+cudaError_t Enqueue(const Launch& launch, bool programmatic, cudaStream_t stream);
+
+// The code of one kernel, for a runtime that launches it itself: a Launch is the only argument.
+struct KernelCode {
+  const char* name;   // mangled, in the image
+  const void* image;  // fat binary of all kernels, for every architecture
+  int64_t image_bytes;
+  void* function;  // CUfunction, loaded on the current device
+};
+cudaError_t FindCode(const KernelKind& kind, KernelCode* code);
 
 // Loads every kernel of this library on the current device. CUDA otherwise loads a kernel at its
 // first launch, which can need a device on which a peer's kernel already waits (hazard 29).

@@ -109,10 +109,16 @@ NB_MODULE(_ffi, module) {
              "Custom call targets: {name: {stage: capsule}}, for jax.ffi.register_ffi_target.");
   module.def("type_registrations", &TypeRegistrations,
              "FFI types: {name: {type_id, type_info}}, for jax.ffi.register_ffi_type.");
+  module.def("set_record", &SetRecord, nb::arg("enabled"),
+             "Whether the mesh target is registered with a record handler; before registration.");
+  module.def("mesh_stages", &MeshStages,
+             "Stages that the mesh target is registered with; none before a runtime has asked.");
   module.def("nvlink_peers", &NvlinkPeers,
              "Matrix over CUDA devices: whether one reaches the other's memory over NVLink.");
   module.def("enqueued_launches", &EnqueuedLaunches,
-             "Launches enqueued or captured so far; a replayed CUDA graph adds none.");
+             "Launches enqueued, captured or recorded so far; a replayed CUDA graph adds none.");
+  module.def("recorded_launches", &RecordedLaunches,
+             "Of these, launches recorded: put into a CUDA graph as a node, or updated there.");
   module.def("workspace_bytes", &WorkspaceBytes, nb::arg("one_shot"), nb::arg("nranks"),
              nb::arg("message_bytes"),
              "Device memory that one rank's workspace takes for messages of this many bytes.");

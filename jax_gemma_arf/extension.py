@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 import jax
+import jaxlib.version
 
 from jax_gemma_arf._version import __version__
 
@@ -27,6 +28,12 @@ if _ffi is not None and _ffi.__version__ != __version__:
     )
 
 
+#: Whether the kernel of a mesh call becomes a node of XLA's CUDA graph, instead of being captured.
+#: XLA's interface for it is under development, so a jaxlib newer than those tested gets none. Read
+#: once, by load().
+RECORD = jaxlib.version.__version_info__ < (0, 13)
+
+
 @functools.cache
 def load() -> types.ModuleType | None:
     """The extension with its handlers registered for CUDA, or None if it was not built."""
@@ -34,6 +41,7 @@ def load() -> types.ModuleType | None:
         return None
     for name, registration in _ffi.type_registrations().items():
         jax.ffi.register_ffi_type(name, registration, platform="CUDA")
+    _ffi.set_record(RECORD)
     for name, stages in _ffi.registrations().items():
         jax.ffi.register_ffi_target(name, stages, platform="CUDA")
     return _ffi

@@ -2,11 +2,13 @@
 
 import importlib
 import math
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jaxlib.version
 import pytest
 
 import jax_gemma_arf
@@ -16,11 +18,51 @@ from jax_gemma_arf import extension, lowering, support
 ROOT = Path(__file__).parent.parent
 
 
+REGISTER_TARGET = "jax_gemma_arf.register_tail"
+
+
 def test_handlers_register(built):
-    assert set(built.registrations()) == {lowering.MESH_TARGET, lowering.LOOPBACK_TARGET}
-    mesh_stages = set(built.registrations()[lowering.MESH_TARGET])
-    assert mesh_stages == {"instantiate", "prepare", "initialize", "execute"}
+    assert set(built.registrations()) == {REGISTER_TARGET, lowering.LOOPBACK_TARGET}
+    assert set(built.registrations()[REGISTER_TARGET]) == {"execute"}
+    # Loopback has several kernels a call: XLA captures them.
+    loopback_stages = {"instantiate", "initialize", "execute"}
+    assert set(built.registrations()[lowering.LOOPBACK_TARGET]) == loopback_stages
     assert extension.load() is built  # registered once
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_mesh_handlers_register(built, record):
+    """XLA takes the record handler too, which jax.ffi.register_ffi_target would drop. In a process
+    of its own, with the runtime for CPUs, which asks for the same metadata."""
+    code = (
+        "import jax\n"
+        "from jax_gemma_arf import extension\n"
+        f"extension.RECORD = {record}\n"
+        "built = extension.load()\n"
+        "assert built.mesh_stages() == []\n"
+        "jax.devices()  # registrations wait for the runtime\n"
+        "for name, registration in built.type_registrations().items():\n"
+        "    jax.ffi.register_ffi_type(name, registration, platform='cpu')\n"
+        f"stages = built.registrations()['{REGISTER_TARGET}']\n"
+        f"jax.ffi.register_ffi_target('{REGISTER_TARGET}', stages, platform='cpu')\n"
+        "print(*built.mesh_stages())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    stages = ["instantiate", "prepare", "initialize", "execute"] + ["record"] * record
+    assert result.stdout.split() == stages
+
+
+def test_record_is_for_known_versions():
+    """XLA's interface for recording may change with every version, until it is stable."""
+    newest_tested = (0, 12)
+    assert (jaxlib.version.__version_info__[:2] <= newest_tested) == extension.RECORD
 
 
 def test_versions_agree(built):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
 from jax.sharding import PartitionSpec as P
+from places import GRAPHS, NO_GRAPHS
 from profiles import kernels_in
 from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
@@ -62,7 +63,7 @@ def check(case, mesh, outputs) -> None:
 
 @pytest.mark.parametrize(("op", "next_norms"), [("post_ff", 0), ("moe_tail", 1)])
 def test_graph_replay(tp, built, op, next_norms):
-    """Captured by XLA by default, replayed without another call of Execute."""
+    """In a CUDA graph by default, replayed without another call of Execute or Record."""
     case = Case((16,), 2560, op=op, next_norms=next_norms)
     call, inputs = chain(case, tp, 20), inputs_on(tp, case)
     first = np.asarray(call(inputs))
@@ -72,6 +73,30 @@ def test_graph_replay(tp, built, op, next_norms):
     for _ in range(20):
         np.testing.assert_array_equal(np.asarray(call(inputs)).view(np.uint8), first.view(np.uint8))
     assert built.enqueued_launches() - before <= 5 * 20 * tp.size
+
+
+@pytest.mark.parametrize("tokens", [16, 2048])
+@pytest.mark.parametrize("hidden", [2560, 16384], ids=["block", "cluster"])
+def test_calls_are_recorded(tp, built, tokens, hidden):
+    """A call in a CUDA graph is a kernel node that the record handler makes, and updates when
+    buffers move: XLA captures nothing. The results are those of eager runs."""
+    length = 4
+    case = Case((tokens,), hidden, op="sandwich", next_norms=1)
+    inputs = inputs_on(tp, case)
+    lowered = chain(case, tp, length).lower(inputs)
+    graph = lowered.compile(GRAPHS)
+    expected = np.asarray(lowered.compile(NO_GRAPHS)(inputs)).view(np.uint8)
+    counts = []  # (recorded, all)
+    for _ in range(8):
+        counts.append((built.recorded_launches(), built.enqueued_launches()))
+        moved = jax.tree.map(jnp.copy, inputs)
+        np.testing.assert_array_equal(np.asarray(graph(moved)).view(np.uint8), expected)
+    counts.append((built.recorded_launches(), built.enqueued_launches()))
+    assert counts[-1][0] - counts[0][0] >= length * tp.size
+    # XLA may run a program once before it builds the graph.
+    others = [all_launches - recorded for recorded, all_launches in counts]
+    assert others[1] - others[0] in (0, length * tp.size), counts
+    assert others[-1] == others[1], counts
 
 
 def test_alternating_sizes(tp):

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BF16
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec as P
 from places import GRAPHS, NO_GRAPHS, Place, same_bits
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import blocks
+from jax_gemma_arf import blocks, support
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 
@@ -48,11 +50,13 @@ def on(where: Place, tree, specs):
     return jax.device_put(tree, shardings)
 
 
-def mapped(where: Place, function, in_specs, out_specs):
+def mapped(where: Place, function, in_specs, out_specs, **options):
     """A function of the ranks that a device holds, all of them in loopback, as one of arrays."""
     if where.mesh is None:
         return function
-    return jax.shard_map(function, mesh=where.mesh, in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(
+        function, mesh=where.mesh, in_specs=in_specs, out_specs=out_specs, **options
+    )
 
 
 def make_layers(where: Place) -> list[Layer]:
@@ -188,3 +192,120 @@ def test_a_model_is_captured(where, built, length):
     assert counts[1] - counts[0] >= launches
     # One call that is not captured would add 20 * where.ranks. XLA may capture all once more.
     assert counts[-1] - counts[10] <= launches, np.diff(counts)
+
+
+def slow_producer(x: jax.Array, rounds: jax.Array) -> jax.Array:
+    """x, by a kernel that lets its successor start at once and then takes its time.
+
+    Args:
+      x: [rows, FEATURES].
+      rounds: [1], int32, even: how long it takes, some nanoseconds each.
+    """
+
+    def kernel(rounds_ref, x_ref, out_ref):
+        inline = functools.partial(
+            triton.elementwise_inline_asm,
+            constraints="=r,r",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x_ref.shape, jnp.float32)],
+        )
+        negate = "neg.f32 $0, $1;"  # the compiler does not look into it
+        row = x_ref[...].astype(jnp.float32)
+        # The successor of this kernel may rely on what was there before it.
+        start_successor = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;"
+        (row,) = inline(start_successor, args=[row])
+        row = jax.lax.fori_loop(0, rounds_ref[0], lambda _, row: inline(negate, args=[row])[0], row)
+        out_ref[...] = row.astype(out_ref.dtype)
+
+    block = pl.BlockSpec((1, 512), lambda i, j: (i, j))
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(x.shape[0], x.shape[1] // 512),
+        in_specs=[pl.BlockSpec((1,), lambda i, j: (0,)), block],
+        out_specs=block,
+        compiler_params=triton.CompilerParams(num_warps=4),
+        name="slow_producer",
+    )(rounds, x)
+
+
+class Link(NamedTuple):
+    """What one link of a chain hands to the next. Each rank has partial sums of its own."""
+
+    partial_sums: jax.Array  # [N, tokens, FEATURES]
+    hidden: jax.Array  # [tokens, FEATURES]
+
+
+LINK_SPECS = Link(P("tp"), P())
+
+
+def produce(link: Link, rounds: jax.Array) -> Link:
+    """Both operands that the tail reads first are written late. rounds: [N, 1]."""
+    ranks, *shape = link.partial_sums.shape
+    rows = link.partial_sums.reshape(-1, FEATURES)
+    return Link(
+        slow_producer(rows, rounds[0]).reshape(ranks, *shape),
+        slow_producer(link.hidden, rounds[0]),
+    )
+
+
+def finish(where: Place, layer: Layer, link: Link) -> State:
+    return tail(where, layer, link.partial_sums, State(link.hidden, link.partial_sums))
+
+
+def consume(state: State) -> Link:
+    """What XLA launches right behind the tail; exact in bfloat16."""
+    return Link(-0.5 * state.normed, 0.5 * state.hidden)
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(GRAPHS, id="graphs"), pytest.param(NO_GRAPHS, id="no_graphs")]
+)
+def test_slow_producer_and_early_consumer(where, built, options, algorithm):
+    """Hazards 3 and 4, at their worst: the kernel in front of each tail lets the tail start before
+    it has written anything, and XLA starts the kernel behind as soon as the tail lets it. One rank
+    is slower than another. Other data in every run, as above."""
+    tokens = TOKENS
+    while support.choose_algorithm(where.ranks, 2 * tokens * FEATURES) != algorithm:
+        tokens *= 2
+    layer = make_layers(where)[0]
+    rng = np.random.default_rng(0)
+
+    def make_link() -> Link:
+        partial_sums = rng.standard_normal((where.ranks, tokens, FEATURES), np.float32)
+        hidden = rng.standard_normal((tokens, FEATURES), np.float32)
+        return on(where, Link(partial_sums.astype(BF16), hidden.astype(BF16)), LINK_SPECS)
+
+    rounds = 1000 * np.arange(1, where.ranks + 1, dtype=np.int32)[:, None] * 2
+    rounds = on(where, rounds, P("tp"))
+
+    def local(layer: Layer, link: Link, rounds: jax.Array) -> Link:
+        for _ in range(LAYERS):
+            link = consume(finish(where, layer, produce(link, rounds)))
+        return link
+
+    def jit(function, in_specs, out_specs, **compiler_options):
+        # Pallas does not say what its results vary over.
+        function = mapped(where, function, in_specs, out_specs, check_vma=False)
+        return jax.jit(function, compiler_options=compiler_options)
+
+    chain = jit(local, (LAYER_SPECS, LINK_SPECS, P("tp")), LINK_SPECS, **options)
+    jit_produce = jit(produce, (LINK_SPECS, P("tp")), LINK_SPECS)
+    jit_finish = jit(functools.partial(finish, where), (LAYER_SPECS, LINK_SPECS), STATE_SPECS)
+    jit_consume = jit(consume, (STATE_SPECS,), LINK_SPECS)
+
+    def one_by_one(link: Link) -> Link:
+        for _ in range(LAYERS):
+            link = jax.block_until_ready(jit_produce(link, rounds))
+            state = jax.block_until_ready(jit_finish(layer, link))
+            link = jax.block_until_ready(jit_consume(state))
+        return link
+
+    links = [make_link() for _ in range(4)]
+    expected = [one_by_one(link) for link in links]
+    before = built.recorded_launches()
+    for i in rng.integers(len(links), size=50):
+        same_bits(chain(layer, links[i], rounds), expected[i])
+    recorded = built.recorded_launches() - before
+    assert (recorded > 0) == (where.mesh is not None and options is GRAPHS)

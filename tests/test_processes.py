@@ -14,6 +14,7 @@ import pytest
 from cases import BF16, F32, Case, assert_matches, make_inputs
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
+from places import GRAPHS, NO_GRAPHS
 from runners import in_specs, make_mesh, mesh_call
 
 import jax_gemma_arf as jga
@@ -263,14 +264,14 @@ def test_multi_gpu_processes(built, require_gpus, gpus_each):
         assert child.check().stdout.endswith("right\n")
 
 
-def with_a_peer_that_dies(coordinator: str, index: int) -> None:
+def with_a_peer_that_dies(coordinator: str, index: int, options: dict[str, str]) -> None:
     jga.set_peer_timeout(3)
     join(coordinator, 2, index, [index])
     jga.initialize()
     mesh = mesh_over_all()
     case = CASES[0]
     specs = in_specs(case)
-    call = jax.jit(mesh_call(case, mesh, implementation="cuda"))
+    call = jax.jit(mesh_call(case, mesh, implementation="cuda"), compiler_options=options)
     _, placed = global_inputs(case, mesh, specs, 0)
     for step in range(6):
         if (index, step) == (1, 4):
@@ -282,11 +283,12 @@ def with_a_peer_that_dies(coordinator: str, index: int) -> None:
             os._exit(1)  # atexit, jax.distributed would wait for the peer
 
 
-def test_multi_gpu_peer_dies(built, require_gpus):
+@pytest.mark.parametrize("options", [NO_GRAPHS, GRAPHS], ids=["no_graphs", "graphs"])
+def test_multi_gpu_peer_dies(built, require_gpus, options):
     """Hazard 19: the survivor hears which rank did not come, and gets an error."""
     require_gpus(2)
     address = children.coordinator()
-    pair = [children.Child(with_a_peer_that_dies, address, index) for index in range(2)]
+    pair = [children.Child(with_a_peer_that_dies, address, index, options) for index in range(2)]
     survivor, victim = children.run_together(pair, seconds=100)
     assert victim.status == -signal.SIGKILL
     assert survivor.status == 1, survivor
