@@ -27,6 +27,7 @@ run_report() { step 60 python3 -P -m jax_gemma_arf; }  # -P: the installed packa
 run_test() {  # in processes of their own: loopback fills a GPU with the workspaces of all ranks
   step 600 pytest -q -k loopback tests
   step 600 pytest -q -k multi_gpu tests
+  JAX_GEMMA_ARF_RECORD=1 step 600 pytest -q -k "multi_gpu or neighbours" tests
 }
 run_stress() {
   local ranks

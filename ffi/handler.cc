@@ -463,6 +463,8 @@ Error InitializeLoopback(int32_t device, Call* call, ffi::RemainingArgs args) {
                    exchange);
 }
 
+// Off: calls are captured into graphs, and nothing is launched programmatically.
+std::atomic<bool> use_record{false};
 std::atomic<int64_t> enqueued{0};
 std::atomic<int64_t> recorded{0};
 
@@ -546,7 +548,8 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArg
     const cudaStream_t own = i == 0 ? stream : parts.streams[i - 1];
     if (i > 0) error = cudaStreamWaitEvent(own, parts.fork);
     if (error == cudaSuccess && launch.rank != call->absent_rank) {
-      error = Enqueue(launch, /*programmatic=*/i == 0, own);  // the others follow an event
+      // Ranks after the first follow an event.
+      error = Enqueue(launch, /*programmatic=*/use_record && i == 0, own);
       if (error == cudaSuccess) enqueued.fetch_add(1, std::memory_order_relaxed);
     }
     if (error == cudaSuccess && i > 0) error = cudaEventRecord(parts.joins[i - 1], own);
@@ -664,7 +667,6 @@ XLA_FFI_DEFINE_HANDLER(kRecordMesh, RecordMesh,
                            .RemainingArgs()
                            .RemainingRets());
 
-std::atomic<bool> use_record{true};
 std::atomic<bool> mesh_registered{false};
 
 constexpr char kMeshTarget[] = "jax_gemma_arf.tail";

@@ -110,7 +110,7 @@ NB_MODULE(_ffi, module) {
   module.def("type_registrations", &TypeRegistrations,
              "FFI types: {name: {type_id, type_info}}, for jax.ffi.register_ffi_type.");
   module.def("set_record", &SetRecord, nb::arg("enabled"),
-             "Whether the mesh target is registered with a record handler; before registration.");
+             "Whether launches are programmatic and recorded; to be set before registration.");
   module.def("mesh_stages", &MeshStages,
              "Stages that the mesh target is registered with; none before a runtime has asked.");
   module.def("nvlink_peers", &NvlinkPeers,

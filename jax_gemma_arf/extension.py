@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 import types
 from typing import Any
 
@@ -28,10 +29,16 @@ if _ffi is not None and _ffi.__version__ != __version__:
     )
 
 
-#: Whether the kernel of a mesh call becomes a node of XLA's CUDA graph, instead of being captured.
-#: XLA's interface for it is under development, so a jaxlib newer than those tested gets none. Read
-#: once, by load().
-RECORD = jaxlib.version.__version_info__ < (0, 13)
+#: Set to 1 to launch kernels programmatically, as nodes of XLA's CUDA graphs instead of captured
+#: child graphs. Not the default before the stress runs have been made with it.
+RECORD_VARIABLE = "JAX_GEMMA_ARF_RECORD"
+
+#: Whether that is done. XLA's interface for it is under development, so a jaxlib newer than those
+#: tested captures. Read once, by load().
+RECORD = (
+    os.environ.get(RECORD_VARIABLE, "0") not in ("", "0")
+    and jaxlib.version.__version_info__ < (0, 13)
+)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from places import GRAPHS, NO_GRAPHS
 from profiles import kernels_in
 from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
-from jax_gemma_arf import lowering, support
+from jax_gemma_arf import extension, lowering, support
 from jax_gemma_arf.reference import Operands
 
 pytestmark = pytest.mark.usefixtures("built")
@@ -80,6 +80,8 @@ def test_graph_replay(tp, built, op, next_norms):
 def test_calls_are_recorded(tp, built, tokens, hidden):
     """A call in a CUDA graph is a kernel node that the record handler makes, and updates when
     buffers move: XLA captures nothing. The results are those of eager runs."""
+    if not extension.RECORD:
+        pytest.skip(f"needs {extension.RECORD_VARIABLE}=1")
     length = 4
     case = Case((tokens,), hidden, op="sandwich", next_norms=1)
     inputs = inputs_on(tp, case)

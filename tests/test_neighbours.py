@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from places import GRAPHS, NO_GRAPHS, Place, same_bits
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import blocks, support
+from jax_gemma_arf import blocks, extension, support
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 
@@ -258,6 +258,7 @@ def consume(state: State) -> Link:
     return Link(-0.5 * state.normed, 0.5 * state.hidden)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
 @pytest.mark.parametrize(
     "options", [pytest.param(GRAPHS, id="graphs"), pytest.param(NO_GRAPHS, id="no_graphs")]
@@ -308,4 +309,4 @@ def test_slow_producer_and_early_consumer(where, built, options, algorithm):
     for i in rng.integers(len(links), size=50):
         same_bits(chain(layer, links[i], rounds), expected[i])
     recorded = built.recorded_launches() - before
-    assert (recorded > 0) == (where.mesh is not None and options is GRAPHS)
+    assert (recorded > 0) == (extension.RECORD and where.mesh is not None and options is GRAPHS)
