@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jax_gemma_arf.fused_ops import fused_post_ff, fused_sandwich
 from jax_gemma_arf.support import AxisName
@@ -62,13 +63,41 @@ def tail(
     )
 
 
+def while_initializing(
+    h: jax.Array, next_norm_scale: jax.Array | tuple[jax.Array, ...] | None = None
+) -> Any:
+    """Stands in for ``tail`` while parameters are made: h in place of each result of its structure.
+
+    Args:
+      h: [..., D], the residual stream.
+      next_norm_scale: as in fused_sandwich, or None.
+
+    Returns:
+      h, or with next_norm_scale (h, h), or (h, (h, ...)) where next_norm_scale is a tuple.
+    """
+    if next_norm_scale is None:
+        return h
+    return h, (h,) * len(next_norm_scale) if isinstance(next_norm_scale, tuple) else h
+
+
+def stacked(spec: PartitionSpec, axes: int) -> PartitionSpec:
+    """Returns the spec of a parameter with that many more axes in front, sharded over none."""
+    return PartitionSpec(*(None,) * axes, *spec) if spec else spec
+
+
 def local_size(hidden_dim: int, axis_name: AxisName) -> int:
-    """How many of hidden_dim hidden units each rank has.
+    """Returns how many of hidden_dim hidden units each rank has.
 
     Raises:
-      ValueError: if the ranks do not divide them.
+      ValueError: if the ranks do not divide them, or outside a jax.shard_map over axis_name.
     """
-    ranks = jax.lax.axis_size(axis_name)
+    try:
+        ranks = jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name must name manual axes, got {axis_name!r} where there is no such axis; call "
+            "the module inside jax.shard_map over it (only init works outside)"
+        ) from None
     if hidden_dim % ranks:
         raise ValueError(
             f"hidden_dim must be divisible by the {ranks} ranks of {axis_name!r}, got "

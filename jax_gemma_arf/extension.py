@@ -11,12 +11,21 @@ import jaxlib.version
 
 from jax_gemma_arf._version import __version__
 
+
+def _reason_of_the_build() -> str:
+    """Returns the reason that CMakeLists.txt wrote down when it left the extension out."""
+    try:
+        return importlib.import_module("jax_gemma_arf._not_built").REASON
+    except ModuleNotFoundError:
+        return "this is a source tree; install the package (pip install ., or make build)"
+
+
 try:
     _ffi = importlib.import_module("jax_gemma_arf._ffi")
 except ImportError as error:
     _ffi = None
     _why_missing = (
-        "the extension was not built (no nvcc at installation, or a source tree, not installed)"
+        f"the extension was not built: {_reason_of_the_build()}"
         if isinstance(error, ModuleNotFoundError)
         else f"the extension does not load: {error}"
     )
@@ -34,23 +43,24 @@ if _ffi is not None and _ffi.__version__ != __version__:
 RECORD_VARIABLE = "JAX_GEMMA_ARF_RECORD"
 
 #: Whether that is done. XLA's interface for it is under development, so a jaxlib newer than those
-#: tested captures. Read once, by load().
+#: tested captures.
 RECORD = (
     os.environ.get(RECORD_VARIABLE, "0") not in ("", "0")
     and jaxlib.version.__version_info__ < (0, 13)
 )
 
-
-@functools.cache
-def load() -> types.ModuleType | None:
-    """The extension with its handlers registered for CUDA, or None if it was not built."""
-    if _ffi is None:
-        return None
-    for name, registration in _ffi.type_registrations().items():
-        jax.ffi.register_ffi_type(name, registration, platform="CUDA")
+# At import, not at the first lowering: a program that another process exported or compiled is never
+# lowered here. JAX keeps the registrations until its CUDA plugin is loaded.
+if _ffi is not None:
     _ffi.set_record(RECORD)
-    for name, stages in _ffi.registrations().items():
-        jax.ffi.register_ffi_target(name, stages, platform="CUDA")
+    for _name, _registration in _ffi.type_registrations().items():
+        jax.ffi.register_ffi_type(_name, _registration, platform="CUDA")
+    for _name, _stages in _ffi.registrations().items():
+        jax.ffi.register_ffi_target(_name, _stages, platform="CUDA")
+
+
+def load() -> types.ModuleType | None:
+    """Returns the extension, or None if it was not built."""
     return _ffi
 
 

@@ -422,8 +422,9 @@ def _like(next_norm_scale, normed: list[jax.Array]) -> Any:
 
 
 def _as_array(layer_scalar: jax.Array | float) -> jax.Array:
-    """A Python number becomes float32, also where JAX's default is float64."""
-    return jnp.asarray(layer_scalar, jnp.float32 if isinstance(layer_scalar, int | float) else None)
+    """A number of Python, or an integer of NumPy, becomes float32, whatever JAX's default is."""
+    number = isinstance(layer_scalar, numbers.Integral | float)
+    return jnp.asarray(layer_scalar, jnp.float32 if number else None)
 
 
 def _check_number(name: str, value: float) -> float:
@@ -516,6 +517,14 @@ def _check_axis(axis_name: AxisName) -> tuple[str, ...]:
     return names
 
 
+# To find what is constant, Flax traces the body of a scan once more, with types that have no manual
+# axes.
+_OF_SCAN = (
+    ", or Flax's nn.scan dropped its manual axes: pass check_constancy_invariants=False to nn.scan "
+    "(nn.remat_scan has no such option: use nn.scan of nn.remat)"
+)
+
+
 def _check_replication(operands: Operands, names: tuple[str, ...]) -> None:
     """Partial sums must be partial over the axes and the rest replicated, as far as check_vma lets
     us see."""
@@ -540,6 +549,7 @@ def _check_replication(operands: Operands, names: tuple[str, ...]) -> None:
                 f"{name} must hold partial sums, varying or unreduced over all of {sorted(axes)}, "
                 f"got one varying over {sorted(kind.varying & axes)} and unreduced over "
                 f"{sorted(kind.unreduced & axes)}: it is reduced already, or lacks jax.lax.pcast"
+                + ("" if kind.varying & axes else _OF_SCAN)
             )
         if other := kind.unreduced - set(names):
             raise ValueError(

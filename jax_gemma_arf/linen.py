@@ -1,8 +1,9 @@
 """Gemma building blocks for flax.linen, to be applied inside ``jax.shard_map``.
 
 Names and shapes of the parameters are google-deepmind/gemma's. ``init``, outside of shard_map,
-makes the hidden units of all ranks; ``apply``, inside, reads those of its own, so that parameters
-enter the shard_map as ``param_specs`` says.
+makes the hidden units of all ranks, and returns its input in place of each result; ``apply``,
+inside, reads the hidden units of its own rank, so that parameters enter the shard_map as
+``param_specs`` says.
 """
 
 import jax
@@ -28,9 +29,14 @@ class MLP(nn.Module):
     axis_name: AxisName
     skip_all_reduce: bool = False
 
-    def param_specs(self) -> dict[str, P]:
-        """How each parameter is sharded."""
-        return {"gating_einsum": P(None, self.axis_name), "linear": P(self.axis_name)}
+    def param_specs(self, *, stacked: int = 0) -> dict[str, P]:
+        """Returns how each parameter is sharded.
+
+        Args:
+          stacked: how many axes nn.scan and nn.vmap (``variable_axes={"params": 0}``) put in front.
+        """
+        specs = {"gating_einsum": P(None, self.axis_name), "linear": P(self.axis_name)}
+        return {name: blocks.stacked(spec, stacked) for name, spec in specs.items()}
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,9 +78,13 @@ class FeedForward(nn.Module):
     layer_scalar: bool = True
     implementation: Implementation | None = None
 
-    def param_specs(self) -> dict[str, P | dict[str, P]]:
-        """How each parameter is sharded."""
-        mlp = MLP(self.hidden_dim, self.axis_name, parent=None).param_specs()
+    def param_specs(self, *, stacked: int = 0) -> dict[str, P | dict[str, P]]:
+        """Returns how each parameter is sharded.
+
+        Args:
+          stacked: how many axes nn.scan and nn.vmap (``variable_axes={"params": 0}``) put in front.
+        """
+        mlp = MLP(self.hidden_dim, self.axis_name, parent=None).param_specs(stacked=stacked)
         specs = {"pre_ffw_norm": {"scale": P()}, "mlp": mlp, "post_ffw_norm": {"scale": P()}}
         return specs | ({"skip_scale": P()} if self.layer_scalar else {})
 
@@ -98,7 +108,7 @@ class FeedForward(nn.Module):
         if self.layer_scalar:
             skip_scale = self.param("skip_scale", nn.initializers.ones, (1,), h.dtype)
         if self.is_initializing():
-            return h
+            return blocks.while_initializing(h, next_norm_scale)
         return blocks.tail(
             partial_sums,
             h,

@@ -11,7 +11,7 @@ those of one rank inside::
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
 from jax_gemma_arf import blocks
@@ -52,16 +52,22 @@ class MLP(nnx.Module):
         self.skip_all_reduce = skip_all_reduce
 
     def param_specs(self) -> nnx.State:
-        """How each parameter is sharded, in the structure of this module's state."""
+        """Returns how each parameter is sharded, in the structure of this module's state.
+
+        Axes that nnx.vmap put in front (``out_axes=0``) are sharded over none.
+        """
         return _specs(self)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., D]."""
+        if _initializing():
+            return x
         size = blocks.local_size(self.hidden_dim, self.axis_name)
-        if self.linear.shape[0] != size:
+        if self.linear.shape[:-1] != (size,):
             raise ValueError(
                 f"the parameters must hold this rank's {size} of {self.hidden_dim} hidden units, "
-                f"got {self.linear.shape[0]}; shard them as param_specs says"
+                f"got {', '.join(map(str, self.linear.shape[:-1]))}; shard them as param_specs says"
+                ", and call a stacked module in nnx.scan or nnx.vmap"
             )
         return blocks.mlp(
             x,
@@ -118,7 +124,10 @@ class FeedForward(nnx.Module):
         self.implementation = implementation
 
     def param_specs(self) -> nnx.State:
-        """How each parameter is sharded, in the structure of this module's state."""
+        """Returns how each parameter is sharded, in the structure of this module's state.
+
+        Axes that nnx.vmap put in front (``out_axes=0``) are sharded over none.
+        """
         return _specs(self)
 
     def __call__(
@@ -128,6 +137,8 @@ class FeedForward(nnx.Module):
 
         With next_norm_scale [D], the norm that reads that output, to (output, output normed).
         """
+        if _initializing():
+            return blocks.while_initializing(h, next_norm_scale)
         normed = rmsnorm(h, self.pre_ffw_norm.scale[...], scale_offset=self.scale_offset)
         return blocks.tail(
             self.mlp(normed),
@@ -149,11 +160,18 @@ class _Scale(nnx.Module):
 
 
 def _specs(module: MLP | FeedForward) -> nnx.State:
-    """Over hidden units, where a parameter has them."""
-    sharded = {"gating_einsum": P(None, module.axis_name), "linear": P(module.axis_name)}
+    """Returns specs over hidden units, the last axis but one of the parameters that have them."""
 
-    def spec(path, _):
+    def spec(path, parameter):
         names = {str(getattr(entry, "key", entry)) for entry in path}
-        return next((spec for name, spec in sharded.items() if name in names), P())
+        if names & {"gating_einsum", "linear"}:
+            return blocks.stacked(P(module.axis_name), parameter.ndim - 2)
+        return P()
 
     return jax.tree.map_with_path(spec, nnx.state(module))
+
+
+def _initializing() -> bool:
+    """Returns whether a linen module that wraps this one (nnx.bridge.to_linen) makes parameters."""
+    modules = linen.module._context.module_stack
+    return bool(modules) and modules[-1] is not None and modules[-1].is_initializing()

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_gemma_arf import extension
 from jax_gemma_arf._version import __version__
@@ -49,8 +50,24 @@ def initialize() -> None:
     if jax.process_count() == 1:
         return
     mine = np.array(dataclasses.astuple(own_facts()), np.uint32)
-    rows = np.asarray(multihost_utils.process_allgather(mine))
-    _gathered = [ProcessFacts(*map(int, row)) for row in rows]
+    _gathered = [ProcessFacts(*map(int, row)) for row in _gather(mine)]
+
+
+def _gather(mine: np.ndarray) -> list[np.ndarray]:
+    """Gathers an array [n] of every process: a list of them, by process index.
+
+    multihost_utils.process_allgather needs the same number of devices in every process, and jit.
+    """
+    devices = np.array(jax.devices())
+    mesh = jax.sharding.Mesh(devices, ("devices",))
+    with jax.disable_jit(False), jax.transfer_guard("allow"):  # whatever the user has set
+        rows = jax.make_array_from_callback(
+            (devices.size, mine.size), NamedSharding(mesh, P("devices")), lambda _: mine[None]
+        )
+        everything = jax.jit(lambda rows: rows, out_shardings=NamedSharding(mesh, P()))(rows)
+        rows = np.asarray(everything.addressable_data(0))
+    of_process = {device.process_index: row for device, row in zip(devices, rows)}
+    return [row for _, row in sorted(of_process.items(), key=lambda item: item[0])]
 
 
 def known(processes: int) -> list[ProcessFacts] | None:

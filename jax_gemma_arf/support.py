@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from jax_gemma_arf import extension, processes
 
@@ -133,18 +135,34 @@ def fusion_support(
       A Support, true if the kernel will run.
 
     Raises:
-      ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis, or branches
-        is neither 1 nor 2.
+      ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis or a negative
+        size, or branches is neither 1 nor 2.
+      TypeError: if a size is neither an integer nor one of jax.export's symbolic dimensions.
     """
-    if len(x_shape) == 0:
+    shape = tuple(map(_size, x_shape))
+    if not shape:
         raise ValueError("x must have a last axis of D elements, got the shape ()")
+    if any(isinstance(size, int) and size < 0 for size in shape):
+        raise ValueError(f"x_shape must hold sizes of at least 0, got {shape}; -1 is not inferred")
     if branches not in (1, 2):
         raise ValueError(f"branches must be 1 or 2, got {branches!r}")
     client = mesh.devices.flat[0].client if isinstance(mesh, jax.sharding.Mesh) else None
     names = axis_names(axis_name, mesh)
     return decide(
-        tuple(x_shape), jnp.dtype(dtype), mesh=mesh, names=names, client=client, branches=branches
+        shape, jnp.dtype(dtype), mesh=mesh, names=names, client=client, branches=branches
     )
+
+
+def _size(size: object) -> object:
+    """Returns a size as an int, be it one of Python, NumPy or JAX; a symbolic one unchanged."""
+    if export.is_symbolic_dim(size):
+        return size
+    try:
+        return operator.index(size)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"x_shape must hold integers, got {size!r} of type {type(size).__name__}"
+        ) from None
 
 
 def decide(
@@ -287,6 +305,12 @@ def _process_objections(
         if process.version != known[0].version:
             yield f"process {index} runs another version of jax_gemma_arf than process 0"
         needed = sum(known[owner].host == process.host for owner in owners)
+        if not process.visible_gpus:
+            yield (
+                f"the extension's CUDA runtime finds no GPU where JAX has {needed} on this host; "
+                "the NVIDIA driver is older than the CUDA release that the extension was compiled "
+                f"with, or broken (see nvidia-smi){where}"
+            )
         if process.visible_gpus < needed:
             yield (
                 f"process {index} sees {process.visible_gpus} of its host's {needed} GPUs in this "

@@ -37,7 +37,6 @@ def test_mesh_handlers_register(built, record):
     code = (
         "import jax\n"
         "from jax_gemma_arf import extension\n"
-        f"extension.RECORD = {record}\n"
         "built = extension.load()\n"
         "assert built.mesh_stages() == []\n"
         "jax.devices()  # registrations wait for the runtime\n"
@@ -49,7 +48,7 @@ def test_mesh_handlers_register(built, record):
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", extension.RECORD_VARIABLE: str(int(record))},
         capture_output=True,
         text=True,
         check=False,
