@@ -25,8 +25,8 @@ struct Target {
 // their own; partial sums and results have a leading axis of ranks.
 extern const Target kTargets[2];
 
-// Whether kernels are launched programmatically and "jax_gemma_arf.tail" gets a record handler. No if
-// never set; to be set before the registration of that target.
+// Whether kernels are launched programmatically and "jax_gemma_arf.tail" gets a record handler. No
+// if never set; to be set before the registration of that target.
 void SetRecord(bool enabled);
 
 // The stages that "jax_gemma_arf.tail" is registered with; none before a runtime has asked.

@@ -44,10 +44,10 @@ RECORD_VARIABLE = "JAX_GEMMA_ARF_RECORD"
 
 #: Whether that is done. XLA's interface for it is under development, so a jaxlib newer than those
 #: tested captures.
-RECORD = (
-    os.environ.get(RECORD_VARIABLE, "0") not in ("", "0")
-    and jaxlib.version.__version_info__ < (0, 13)
-)
+RECORD = os.environ.get(RECORD_VARIABLE, "0") not in (
+    "",
+    "0",
+) and jaxlib.version.__version_info__ < (0, 13)
 
 # At import, not at the first lowering: a program that another process exported or compiled is never
 # lowered here. JAX keeps the registrations until its CUDA plugin is loaded.

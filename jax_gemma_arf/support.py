@@ -12,6 +12,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,8 +136,8 @@ def fusion_support(
       A Support, true if the kernel will run.
 
     Raises:
-      ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis or a negative
-        size, or branches is neither 1 nor 2.
+      ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis or a
+        negative size, or branches is neither 1 nor 2.
       TypeError: if a size is neither an integer nor one of jax.export's symbolic dimensions.
     """
     shape = tuple(map(_size, x_shape))
@@ -148,17 +149,15 @@ def fusion_support(
         raise ValueError(f"branches must be 1 or 2, got {branches!r}")
     client = mesh.devices.flat[0].client if isinstance(mesh, jax.sharding.Mesh) else None
     names = axis_names(axis_name, mesh)
-    return decide(
-        shape, jnp.dtype(dtype), mesh=mesh, names=names, client=client, branches=branches
-    )
+    return decide(shape, jnp.dtype(dtype), mesh=mesh, names=names, client=client, branches=branches)
 
 
-def _size(size: object) -> object:
+def _size(size: Any) -> Any:
     """Returns a size as an int, be it one of Python, NumPy or JAX; a symbolic one unchanged."""
     if export.is_symbolic_dim(size):
         return size
     try:
-        return operator.index(size)  # type: ignore[arg-type]
+        return operator.index(size)
     except TypeError:
         raise TypeError(
             f"x_shape must hold integers, got {size!r} of type {type(size).__name__}"
@@ -262,9 +261,9 @@ def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Itera
 
 def _machine_objections(client: object | None) -> Iterator[str]:
     """What speaks against it on these devices."""
-    if client is None or _compile_only(client):
-        if (missing := extension.why_missing()) is not None:
-            yield missing
+    missing = extension.why_missing()
+    if missing is not None and (client is None or _compile_only(client)):
+        yield missing
     if client is None:
         return
     facts = device_facts(client)

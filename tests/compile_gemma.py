@@ -2,9 +2,9 @@
 
     python tests/compile_gemma.py VARIANT...
 
-Prints a line of JSON for each program: its collectives, as pairs of operation and elements. What XLA
-makes of a lookup in a sharded table shows only in programs compiled for GPUs. Needs the CUDA plugin
-of JAX, which test_gemma_compiled.py puts on the path.
+Prints a line of JSON for each program: its collectives, as pairs of operation and elements. What
+XLA makes of a lookup in a sharded table shows only in programs compiled for GPUs. Needs the CUDA
+plugin of JAX, which test_gemma_compiled.py puts on the path.
 """
 
 import functools

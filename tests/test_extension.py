@@ -4,6 +4,7 @@ import importlib
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from jax_gemma_arf import extension, lowering, support
 ROOT = Path(__file__).parent.parent
 
 
+ROOT = Path(__file__).parent.parent
 REGISTER_TARGET = "jax_gemma_arf.register_tail"
 
 
@@ -88,16 +90,43 @@ def test_version_mismatch_says_what_to_reinstall(built, monkeypatch):
 
 
 def test_import_without_extension():
-    """No nvcc at install time: the package imports, and says so in one line."""
-    code = (
-        "import sys; sys.modules['jax_gemma_arf._ffi'] = None\n"
-        "import jax_gemma_arf.__main__ as report; print(report.describe_extension())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.startswith("runs as psum, the extension was not built (no nvcc at")
-    assert result.stdout.count("\n") == 1
+    """Without it the package imports, and says in one line what the build lacked."""
+    for not_built, reason in (
+        ("None", "this is a source tree; install the package"),
+        ("types.SimpleNamespace(REASON='no C++ compiler found')", "no C++ compiler found"),
+    ):
+        code = (
+            "import sys, types; sys.modules['jax_gemma_arf._ffi'] = None\n"
+            f"sys.modules['jax_gemma_arf._not_built'] = {not_built}\n"
+            "import jax_gemma_arf.__main__ as report; print(report.describe_extension())"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert result.stdout.startswith(f"runs as psum, the extension was not built: {reason}")
+        assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("required", [False, True])
+def test_build_without_a_compiler(tmp_path, required):
+    """The build says what it lacked, and fails if the kernel is required."""
+    command = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path),
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    command.append(f"-DJAX_GEMMA_ARF_REQUIRE_KERNEL={'ON' if required else 'OFF'}")
+    environment = os.environ | {"CXX": str(tmp_path / "no-compiler")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode != 0) == required
+    if required:
+        assert "the kernel cannot be compiled" in result.stderr
+    else:
+        assert 'REASON = "no C++ compiler found"' in (tmp_path / "_not_built.py").read_text()
 
 
 def test_caps_agree(built):

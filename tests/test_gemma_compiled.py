@@ -43,7 +43,10 @@ def test_collectives(programs, built):
     layers = sizes.LAYERS["E2B"] * sizes.PER_LAYER_WIDTH
     for step in steps:
         row = sizes.HIDDEN + (layers if step["variant"] == "E2B" else 0)
-        expected = [["all-reduce", step["batch"] * row], ["all-gather", step["batch"] * step["ranks"]]]
+        expected = [
+            ["all-reduce", step["batch"] * row],
+            ["all-gather", step["batch"] * step["ranks"]],
+        ]
         assert sorted(step["collectives"]) == sorted(expected), step
     # The check can fail: the official model with the same shardings gathers its table.
     largest = max(size for kind, size in official["collectives"] if kind == "all-gather")

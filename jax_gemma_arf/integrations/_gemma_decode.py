@@ -1,4 +1,4 @@
-"""Attention of google-deepmind/gemma for one token a sequence, written for the kernels that XLA makes.
+"""Decode attention of google-deepmind/gemma, written for the kernels that XLA makes of it.
 
 The official modules compute the same and stay the definition (tests/test_gemma_parity.py). Compiled
 for GPUs, a step of theirs has about twice as many kernels: each head projection is normed, rotated
@@ -94,7 +94,7 @@ def _project_gemma4(attention, params, x, positions, query_only):
 
 
 def _project_gemma3(attention, params, x, positions, query_only):
-    """Does the same for Gemma 2 and 3, which norm no values, and queries and keys if they say so."""
+    """Does the same for Gemma 2 and 3, which norm no values, and queries and keys where set so."""
     del query_only  # no layer shares keys and values
     batch = len(positions)
     if attention.use_qkv_einsum:
@@ -125,9 +125,9 @@ def _norm_heads(heads: list[jax.Array], scales: list[jax.Array]) -> jax.Array:
         first += array.shape[2]
         later = jnp.arange(sum(a.shape[2] for a in heads))[:, None] >= first
         scale = jnp.where(later, following, scale)
-    heads = jnp.concatenate(heads, axis=2)
-    scale = jnp.broadcast_to(scale, heads.shape[2:])
-    return jax.vmap(rmsnorm, in_axes=(2, 0), out_axes=2)(heads, scale)
+    together = jnp.concatenate(heads, axis=2)
+    scale = jnp.broadcast_to(scale, together.shape[2:])
+    return jax.vmap(rmsnorm, in_axes=(2, 0), out_axes=2)(together, scale)
 
 
 def _rotate(attention, heads: jax.Array, positions: jax.Array) -> jax.Array:

@@ -31,13 +31,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kauldron import kd
 
-from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
 from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_ff, fused_sandwich
+from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
 from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
 from jax_gemma_arf.vocabulary import lookup
 
-# Up to how many tokens reading all experts' weights takes longer than multiplying all tokens by them.
+# Up to this number of tokens, reading the weights of all experts takes longer than multiplying.
 _FEW_TOKENS = 256
 _EMBEDDERS = (_gemma3_modules.Embedder, _gemma4_modules.Embedder)
 
@@ -237,9 +237,7 @@ def _subclass(cls: type) -> type:
         def cache_shardings(self, cache: Any) -> Any:
             """How a cache of this model lies: the same tree of NamedSharding, from its shapes."""
             return jax.tree.map_with_path(
-                lambda path, a: NamedSharding(
-                    self.mesh, self.cache_spec(_keys(path), a.shape[0])
-                ),
+                lambda path, a: NamedSharding(self.mesh, self.cache_spec(_keys(path), a.shape[0])),
                 cache,
             )
 
