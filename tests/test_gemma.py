@@ -135,6 +135,10 @@ def test_meshes(axis_type, cpus):
     params = jax.device_put(host, param_shardings(model))
     assert off(gemma_models.prefill(model, params)["logits"], expected) < 2e-5
     assert off(gemma_models.cached_logits(model, params), expected) < 2e-5
+    one = gemma_models.apply(model)(
+        params, sizes.tokens()[:1]
+    )  # which the data axis does not divide
+    assert off(np.asarray(one.logits), expected[:1]) < 2e-5
     cache = model.init_cache(batch_size=2, dtype=jnp.float32, cache_length=8)
     assert cache["layer_0"]["k"].sharding.spec == P(("data",), None, ("tp",))
     assert cache["layer_0"]["positions"].sharding.spec == P(("data",))
@@ -164,6 +168,20 @@ def test_checkpoint(mesh, tmp_path):
     params = ckpts.load_params(tmp_path / "params", params=wanted, donate=False)
     model.apply({"params": params}, sizes.tokens())  # which checks how they lie
     jax.tree.map(np.testing.assert_array_equal, params, host)
+
+
+def test_parameter_trees(mesh):
+    """A checkpoint may hold more than the text model; a tree of another form is refused."""
+    model = tensor_parallel(gemma_models.official("31B"), mesh)
+    host = gemma_models.params("31B")
+    complete = host | {"vision_encoder": {"entry": {"kernel": np.ones((2, 2), np.float32)}}}
+    placed = jax.device_put(complete, param_shardings(model, complete))
+    assert placed["vision_encoder"]["entry"]["kernel"].sharding.spec == P()
+    model.apply({"params": placed}, sizes.tokens())
+    flat = {"transformer/layer_0/attn/q_einsum/w": np.ones(1)}
+    for wrong in (flat, {"params": host}, {}):
+        with pytest.raises(ValueError, match=r"params must be the tree that .*unflatten_dict"):
+            param_shardings(model, wrong)
 
 
 def test_unknown_model(mesh):

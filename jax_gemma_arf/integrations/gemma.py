@@ -3,13 +3,14 @@
 ::
 
     model = tensor_parallel(gm.nn.Gemma4_31B(), mesh)
-    params = jax.device_put(params, param_shardings(model))
+    params = jax.device_put(params, param_shardings(model, params))
 
 Everything else stays as it was: the parameter tree and its names, ``model.apply``, ``init``,
 ``init_cache`` and the samplers of ``gm.text``. All blocks run in one ``jax.shard_map``, each with
 the official attention and feed-forward modules at this rank's number of heads and hidden units, so
-that both end in partial sums, for the fused operations to reduce. Embedding and logits stay
-outside, sharded over the vocabulary by the compiler.
+that both end in partial sums, for the fused operations to reduce. Where XLA compiles the official
+code badly for GPUs, an equivalent stands in: embedding and logits, which are split over the
+vocabulary, attention in a decode step (_gemma_decode.py), and the experts.
 """
 
 import dataclasses
@@ -37,8 +38,10 @@ from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
 from jax_gemma_arf.vocabulary import lookup
 
-# Up to this number of tokens, reading the weights of all experts takes longer than multiplying.
-_FEW_TOKENS = 256
+# Up to this number of tokens, whose activations of all experts then take 0.75 GB, every token is
+# multiplied by every expert. XLA's ragged_dot does as much, and transposes all weights before it: a
+# prefill of 1024 tokens of 26B-A4B took 390 ms with it on two H100s (jax 0.11.2).
+_DENSE_TOKENS = 4096
 _EMBEDDERS = (_gemma3_modules.Embedder, _gemma4_modules.Embedder)
 
 # scale_offset of each family: Gemma 2 and 3 store w for a scale of 1 + w. _transformer.Transformer
@@ -127,21 +130,30 @@ def param_shardings(model: nn.Module, params: Any = None) -> Any:
 
     Args:
       model: from :func:`tensor_parallel`.
-      params: a parameter tree of arrays or shapes, such as a checkpoint's; None for the model's.
+      params: a parameter tree of arrays or shapes, such as a checkpoint's; None for what
+        ``model.init`` makes of text. Complete checkpoints of Gemma 4 have more: pass theirs.
 
     Returns:
-      The same tree of NamedSharding, for ``jax.device_put`` or ``jax.jit``. To restore a checkpoint
-      that no device holds alone, give ``gm.ckpts.load_params(path, params=..., donate=False)`` a
-      tree of ``jax.ShapeDtypeStruct`` with these.
+      The same tree of NamedSharding. The vocabulary is split where the ranks divide it, else
+      whole on each. Use it with ``jax.device_put`` or ``jax.jit``. To restore a checkpoint that no
+      device holds alone, give ``gm.ckpts.load_params(path, params=..., donate=False)`` a tree of
+      ``jax.ShapeDtypeStruct`` with these.
 
     Raises:
       TypeError: if model is not from tensor_parallel.
+      ValueError: if params is not the tree that ``model.apply({"params": params}, ...)`` takes.
     """
     if not isinstance(model, _TensorParallel):
         raise TypeError(f"model must come from tensor_parallel, got {type(model).__qualname__}")
     if params is None:
         tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    if "layer_0" not in params or "embedder" not in params:
+        raise ValueError(
+            'params must be the tree that model.apply({"params": params}) takes, with "embedder" '
+            f'and "layer_0" at its top, got the keys {sorted(map(str, params))[:3]}; nest flat '
+            'names with flax.traverse_util.unflatten_dict(params, sep="/")'
+        )
     return jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(model.mesh, model.param_spec(_keys(path), leaf.shape)),
         params,
@@ -235,7 +247,7 @@ def _subclass(cls: type) -> type:
             return super().apply(variables, *args, **kwargs)
 
         def cache_shardings(self, cache: Any) -> Any:
-            """How a cache of this model lies: the same tree of NamedSharding, from its shapes."""
+            """Returns the shardings of a cache, given its arrays or their shapes."""
             return jax.tree.map_with_path(
                 lambda path, a: NamedSharding(self.mesh, self.cache_spec(_keys(path), a.shape[0])),
                 cache,
@@ -349,7 +361,7 @@ def _vocabulary_parallel(model, method, args, kwargs, context):
 
 
 def _per_layer_input(model, embedder, method, x, tokens, ignore_ple_tokens=False):
-    """E2B's and E4B's inputs of each layer: (what the official one makes of x + rows) / sqrt(2)."""
+    """Computes the inputs of each layer of E2B and E4B, from x and from a table."""
     single = x.shape[0] * x.shape[1] == 1  # as in _run_blocks
     projected = method(_two_rows(x) if single else x, tokens, ignore_ple_tokens=True)[: len(x)]
     if ignore_ple_tokens:
@@ -362,6 +374,7 @@ def _per_layer_input(model, embedder, method, x, tokens, ignore_ple_tokens=False
 
 
 def _lookup_on_mesh(model, path, table, tokens):
+    """Returns the rows of the table at path for tokens, as ``table[tokens]``."""
     spec = model.param_spec(path, table.shape)
     find = functools.partial(lookup, axis_name=model.tp_axes) if spec else lambda t, ids: t[ids]
     batch = model.batch_spec(tokens.shape[0])
@@ -371,7 +384,7 @@ def _lookup_on_mesh(model, path, table, tokens):
 
 
 def _logits_on_mesh(model, table, x):
-    """[..., V], split over the vocabulary."""
+    """Returns logits, [..., V], split over the vocabulary."""
     spec = model.param_spec(("embedder", "input_embedding"), table.shape)
     batch = model.batch_spec(x.shape[0])
 
@@ -501,7 +514,7 @@ def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
     # Newer releases of the package route by the stream, not by its norm.
     takes_stream = "unnormalized_x" in inspect.signature(type(layer.experts).__call__).parameters
     router_input = {"unnormalized_x": h} if takes_stream else {}
-    with nn.intercept_methods(functools.partial(_experts_of_few_tokens, batch)):
+    with nn.intercept_methods(functools.partial(_experts_without_ragged_dot, batch)):
         experts = layer.experts.apply({"params": p["mlp"]}, experts_normed, **router_input)
     return fused_moe_tail(
         layer.mlp.apply({"params": p["mlp2"]}, normed),
@@ -516,17 +529,17 @@ def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
     )
 
 
-def _experts_of_few_tokens(batch, method, args, kwargs, context):
-    """Runs the experts of the official module without its ``ragged_dot``, where tokens are few.
+def _experts_without_ragged_dot(batch, method, args, kwargs, context):
+    """Runs the experts of the official module without its ``ragged_dot``.
 
-    On GPUs XLA transposes the weights of all experts in memory for it. Fewer choices than there are
-    experts read the weights of the chosen ones; more read those of all, once.
+    Fewer choices than there are experts read the weights of the chosen experts; more choices read
+    the weights of all experts, once.
 
     Args:
       batch: the number of rows to compute; a second one is the first again.
       method, args, kwargs, context: of an interceptor.
     """
-    if context.method_name != "_run_ffw_and_routing" or args[0].shape[1] * batch > _FEW_TOKENS:
+    if context.method_name != "_run_ffw_and_routing" or args[0].shape[1] * batch > _DENSE_TOKENS:
         return method(*args, **kwargs)
     module = context.module
     x, choices, weights = (array[:batch] for array in args)  # [B, T, D], [B, T, K], [B, T, experts]
