@@ -142,3 +142,40 @@ def test_parameters_of_all_ranks(mesh):
     call, _ = make_nnx("MLP")
     with pytest.raises(ValueError, match="this rank's 32 of 64 hidden units, got 64; shard them"):
         run(mesh, call, P(), weights(0)["mlp"], np.zeros((3, FEATURES), np.float32))
+
+
+@pytest.mark.parametrize("next_norms", [None, 1, 2])
+def test_init_has_the_structure_of_apply(next_norms):
+    """A parent that unpacks the results does so in init, too."""
+    module = linen.FeedForward(HIDDEN, "tp")
+    scale = jnp.ones(FEATURES)
+    scales = {None: None, 1: scale, 2: (scale, scale)}[next_norms]
+    h = jnp.ones((2, 3, FEATURES))
+    out, _ = module.init_with_output(jax.random.key(0), h, scales)
+    expected = {None: h, 1: (h, h), 2: (h, (h, h))}[next_norms]
+    assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, expected)
+
+
+def test_specs_of_stacked_modules():
+    """Axes that nnx.vmap and nn.scan put in front are sharded over none."""
+    specs = linen.MLP(HIDDEN, "tp").param_specs(stacked=1)
+    assert specs == {"gating_einsum": P(None, None, "tp"), "linear": P(None, "tp")}
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def create(rngs):
+        return blocks_nnx.MLP(FEATURES, HIDDEN, axis_name="tp", dtype=jnp.float32, rngs=rngs)
+
+    stacked = create(nnx.Rngs(0))
+    specs = dict(nnx.to_flat_state(stacked.param_specs()))
+    found = {path[-1]: spec.get_value() for path, spec in specs.items()}
+    assert found == {"gating_einsum": P(None, None, "tp"), "linear": P(None, "tp")}
+
+
+@pytest.mark.parametrize("name", ["MLP", "FeedForward"])
+def test_outside_shard_map(name):
+    module = getattr(linen, name)(HIDDEN, "tp")
+    x = jnp.ones((2, FEATURES))
+    params = module.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"inside jax\.shard_map"):
+        module.apply(params, x)

@@ -5,7 +5,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from cases import BF16, OPS, Case, Inputs, make_inputs
 from jax.sharding import AxisType
@@ -268,14 +267,16 @@ def test_vmap_is_one_call(mesh, op):
 
 
 def test_export(mesh):
-    """jax.export for CUDA, with the call's name allowed."""
+    """jax.export for CUDA, with the call's name allowed; for CPUs as well, without the call."""
 
     def local(x, residual, norm_scale):
         return jga.fused_post_ff(x[0], residual, norm_scale, axis_name="tp")
 
     mapped = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P()))
-    check = jax.export.DisabledSafetyCheck.custom_call(lowering.MESH_TARGET)
-    exported = jax.export.export(mapped, platforms=("cuda",), disabled_checks=[check])(
-        np.ones((2, 4, 640), np.float32), np.ones((4, 640), np.float32), np.ones(640, np.float32)
-    )
-    assert counts(exported.mlir_module()) == (1, 0)
+    shapes = (2, 4, 640), (4, 640), (640,)
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    for platforms, expected in ((("cuda",), (1, 0)), (("cuda", "cpu"), (0, 2))):  # one a platform
+        export = jax.export.export(
+            mapped, platforms=platforms, disabled_checks=jga.DISABLED_EXPORT_CHECKS
+        )
+        assert counts(export(*operands).mlir_module()) == expected
