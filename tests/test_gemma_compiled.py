@@ -22,6 +22,7 @@ def programs(request):
     """The rows of compile_gemma.py for a variant."""
     pytest.importorskip("gemma", reason="needs google-deepmind/gemma: pip install '.[gemma]'")
     paths = [str(HERE), *([str(PLUGIN)] if PLUGIN.exists() else [])]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it wants cuDNN, for which nothing here asks
