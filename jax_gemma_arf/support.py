@@ -279,7 +279,7 @@ def _machine_objections(client: object | None) -> Iterator[str]:
 
 
 def _compile_only(client: object) -> bool:
-    """Whether the client's devices are those of jax.experimental.topologies, which run nothing."""
+    """Returns whether the devices only compile, as jax.experimental.topologies describes them."""
     return type(client).__name__ == "CompileOnlyPyClient"
 
 

@@ -1,8 +1,8 @@
 """Embedding lookup and logits with the vocabulary split over ranks, inside ``jax.shard_map``.
 
 Megatron-LM's vocabulary parallelism (arXiv:1909.08053, section 3): a rank looks up the rows that it
-holds and puts zeros for the others, and one all-reduce of the rows found completes the lookup. The
-logits of a rank are those of its rows, and stay on the rank.
+holds and puts zeros for the others, and one all-reduce of the rows found completes the lookup. A
+rank computes the logits of its own rows, and keeps them.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""What XLA makes of a decode step for GPUs: no collective but those that this repository wrote.
+"""Decode steps compiled for GPUs have no collective that this repository did not write.
 
 XLA gathers a whole sharded table to look up one row of it, in programs for GPUs alone; so they are
 compiled for H100s here, with JAX's CUDA plugin and no GPU (compile_gemma.py).

@@ -42,9 +42,9 @@ def attend(
 
     Returns:
       The updated cache, and this rank's partial sums of the output, with as many rows as x. With
-      shared, only the length in the cache changes: nothing reads the keys and values of a layer
-      that uses those of another. The official module returns them again as this layer's, which
-      copies them in every step of a loop.
+      shared, only the length in the cache changes: nothing reads this layer's own keys and values.
+      The official module returns the shared keys and values as this layer's, which copies them in
+      every step of a loop.
     """
     batch = len(positions)
     gemma4 = isinstance(attention, _gemma4_modules.Attention)
