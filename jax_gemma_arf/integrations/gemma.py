@@ -233,7 +233,7 @@ def _subclass(cls: type) -> type:
             return P(*(None,) * axis, self.tp_axes)
 
         def batch_spec(self, batch: int) -> P:
-            """Returns the spec of an array that begins with a batch, whole if the axes do not divide it."""
+            """Returns the spec of an array by its batch, its first axis; whole if not divided."""
             divides = batch % group_size(self.mesh, self.batch_axes) == 0
             return P(self.batch_axes if divides else None)
 
