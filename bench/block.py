@@ -303,14 +303,18 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", type=int, help="default: 8; with --quick 4; on a CPU 2")
+    parser.add_argument(
+        "--layers", type=common.positive_integer, help="default: 8; with --quick 4; on a CPU 2"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times Gemma 4 blocks, psum and fused.")
     common.add_arguments(parser, child_seconds=240)
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: all")
-    parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {TOKENS}")
+    parser.add_argument(
+        "--tokens", type=common.positive_integer, nargs="+", help=f"default: {TOKENS}"
+    )
     add_layers(parser)
     parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=None)
     arguments = parser.parse_args()

@@ -207,13 +207,26 @@ def write_record(kind: str, content: dict[str, Any], directory: Path) -> Path:
     return path
 
 
+def positive_integer(text: str) -> int:
+    """Parses a command-line option that must be a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def add_arguments(parser: argparse.ArgumentParser, *, child_seconds: int) -> None:
     """The options that every benchmark has."""
     parser.add_argument("--quick", action="store_true", help="few sizes, few repeats: < 60 s")
     parser.add_argument("--ranks", type=int, default=0, help="0: all GPUs, or 2 in loopback")
-    parser.add_argument("--repeats", type=int, default=15, help="samples of each timing")
     parser.add_argument(
-        "--child-seconds", type=int, default=child_seconds, help="time limit of each process"
+        "--repeats", type=positive_integer, default=15, help="samples of each timing"
+    )
+    parser.add_argument(
+        "--child-seconds",
+        type=positive_integer,
+        default=child_seconds,
+        help="time limit of each process",
     )
     parser.add_argument(
         "--out",

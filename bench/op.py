@@ -540,8 +540,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Times the fused operations against every rival.")
     common.add_arguments(parser, child_seconds=240)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=None, help="default: all")
-    parser.add_argument("--hidden", type=int, nargs="+", help="default: Gemma 4's four widths")
-    parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {TOKENS}")
+    parser.add_argument(
+        "--hidden", type=common.positive_integer, nargs="+", help="default: Gemma 4's four widths"
+    )
+    parser.add_argument(
+        "--tokens", type=common.positive_integer, nargs="+", help=f"default: {TOKENS}"
+    )
     parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=None)
     parser.add_argument(
         "--algorithms",

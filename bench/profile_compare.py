@@ -66,8 +66,8 @@ def timeline(
 ) -> list[tuple[str, float, float]]:
     """Class, start and duration, in microseconds, of kernels from the start of a part in the middle
     of a trace, for so long."""
-    per_part = max(1, len(kernels) // parts)
-    first = kernels[per_part * (parts // 2) if parts > 1 else len(kernels) // 2].start
+    middle = len(kernels) // parts * (parts // 2) if parts > 1 else len(kernels) // 2
+    first = kernels[middle].start
     last = first + microseconds * 1e3
     return [
         (xplane.classify(k.name), (k.start - first) / 1e3, (min(k.end, last) - k.start) / 1e3)
@@ -127,17 +127,22 @@ def main() -> None:
     parser.add_argument("traces", type=Path, nargs="*", help="two traces; default: an own run")
     parser.add_argument("--labels", nargs=2, help="of the two traces; default: their names")
     parser.add_argument(
-        "--per", type=int, default=1, help="divide the times of given traces, by their steps say"
+        "--per",
+        type=common.positive_integer,
+        default=1,
+        help="divide the times of given traces, by their steps say",
     )
     parser.add_argument("--window-us", type=float, help="length of the timelines")
     parser.add_argument("--model", choices=block.MODELS, default="31B")
-    parser.add_argument("--tokens", type=int, default=4)
+    parser.add_argument("--tokens", type=common.positive_integer, default=4)
     block.add_layers(parser)
     parser.add_argument("--trace-into", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if common.in_child(arguments):
         work(arguments)
         return
+    if arguments.window_us is not None and not arguments.window_us > 0:
+        parser.error(f"--window-us must be positive, got {arguments.window_us}")
     if len(arguments.traces) not in (0, 2):
         parser.error(f"give two traces or none, got {len(arguments.traces)}")
 
@@ -160,7 +165,10 @@ def main() -> None:
             if len(paths) < 2:
                 failures = [row["error"] for row in rows if "error" in row]
                 sys.exit("\n".join(["there is no trace of both", *content["notes"], *failures]))
-        traces = {label: xplane.load(Path(path)) for label, path in paths.items()}
+        try:
+            traces = {label: xplane.load(Path(path)) for label, path in paths.items()}
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     if len(traces) < 2:
         parser.error("the traces must have different names; give --labels")
 

@@ -47,7 +47,8 @@ def load(path: Path) -> Trace:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if a folder holds several, or no GPU is in the trace.
+      ValueError: if a folder holds several, the file is truncated or is no trace, or no GPU is in
+        the trace.
     """
     if path.is_dir():
         found = sorted(path.glob("**/*.xplane.pb"))
@@ -56,12 +57,17 @@ def load(path: Path) -> Trace:
         if len(found) > 1:
             raise ValueError(f"several traces below {path}, name one: {', '.join(map(str, found))}")
         path = found[0]
-    if path.suffix == ".txtpb":
-        profile = jax.profiler.ProfileData.from_serialized_xspace(
-            jax.profiler.ProfileData.text_proto_to_serialized_xspace(path.read_text())
-        )
-    else:
-        profile = jax.profiler.ProfileData.from_file(str(path))
+    if not path.exists():
+        raise FileNotFoundError(f"there is no trace {path}")
+    reader = jax.profiler.ProfileData
+    try:
+        if path.suffix == ".txtpb":
+            content = reader.text_proto_to_serialized_xspace(path.read_text())
+        else:
+            content = path.read_bytes()
+        profile = reader.from_serialized_xspace(content)
+    except (RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is truncated, or no trace: {error}") from None
     trace = {
         plane.name: sorted(
             (

@@ -148,9 +148,7 @@ def fusion_support(
         raise ValueError(f"branches must be 1 or 2, got {branches!r}")
     client = mesh.devices.flat[0].client if isinstance(mesh, jax.sharding.Mesh) else None
     names = axis_names(axis_name, mesh)
-    return decide(
-        shape, jnp.dtype(dtype), mesh=mesh, names=names, client=client, branches=branches
-    )
+    return decide(shape, jnp.dtype(dtype), mesh=mesh, names=names, client=client, branches=branches)
 
 
 def _size(size: object) -> object:

@@ -120,6 +120,50 @@ def test_profile_compare(tmp_path, monkeypatch, capsys):
     assert record.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("per", ["3", "7", "1000"])
+def test_profile_compare_of_few_kernels(tmp_path, monkeypatch, per):
+    """More parts than the trace has kernels, or a number that does not divide them."""
+    traces = [str(FIXTURES / f"{name}.txtpb") for name in ("psum", "fused")]
+    argv = ["profile_compare.py", *traces, "--per", per, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    profile_compare.main()
+    (record,) = tmp_path.glob("*.json")
+    assert all(json.loads(record.read_text())["timelines"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["psum.txtpb", "fused.txtpb", "--per", "0"], "--per: must be at least 1, got 0"),
+        (["psum.txtpb", "fused.txtpb", "--per", "-1"], "--per: must be at least 1, got -1"),
+        (["psum.txtpb", "fused.txtpb", "--window-us", "-5"], "--window-us must be positive"),
+        (["psum.txtpb", "nothing.xplane.pb"], "there is no trace nothing.xplane.pb"),
+        (["psum.txtpb", "half.xplane.pb"], "half.xplane.pb is truncated, or no trace"),
+    ],
+)
+def test_profile_compare_refuses(tmp_path, monkeypatch, capsys, arguments, error):
+    for name in ("psum", "fused"):
+        (tmp_path / f"{name}.txtpb").write_text((FIXTURES / f"{name}.txtpb").read_text())
+    text = (FIXTURES / "psum.txtpb").read_text()
+    whole = jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
+    (tmp_path / "half.xplane.pb").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["profile_compare.py", *arguments, "--out", "out"])
+    with pytest.raises(SystemExit) as raised:
+        profile_compare.main()
+    assert raised.value.code == 2
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--repeats", "--child-seconds", "--tokens", "--layers"])
+def test_sizes_of_a_benchmark_are_positive(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["block.py", option, "0"])
+    with pytest.raises(SystemExit):
+        block.main()
+    assert f"{option}: must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_profile_compare_of_its_own_run(tmp_path, monkeypatch, capsys):
     """With children that bring the fixtures for traces: one run of two layers."""
     monkeypatch.setattr(sys, "argv", ["profile_compare.py", "--out", str(tmp_path / "out")])
