@@ -15,7 +15,7 @@ def _reason_of_the_build() -> str:
     try:
         return importlib.import_module("jax_gemma_arf._not_built").REASON
     except ModuleNotFoundError:
-        return "this is a source tree; install the package (pip install ., or make build)"
+        return "a source tree that is not installed: pip install . or make build"
 
 
 try:
@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     _ffi = None
     _why_missing = (
-        f"the extension was not built: {_reason_of_the_build()}"
+        f"the extension was not built ({_reason_of_the_build()})"
         if isinstance(error, ModuleNotFoundError)
         else f"the extension does not load: {error}"
     )

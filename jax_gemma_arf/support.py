@@ -135,8 +135,8 @@ def fusion_support(
       A Support, true if the kernel will run.
 
     Raises:
-      ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis or a negative
-        size, or branches is neither 1 nor 2.
+      ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis or a size
+        below 0, or branches is neither 1 nor 2.
       TypeError: if a size is neither an integer nor one of jax.export's symbolic dimensions.
     """
     shape = tuple(map(_size, x_shape))
@@ -260,9 +260,9 @@ def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Itera
 
 def _machine_objections(client: object | None) -> Iterator[str]:
     """What speaks against it on these devices."""
-    if client is None or _compile_only(client):
-        if (missing := extension.why_missing()) is not None:
-            yield missing
+    missing = extension.why_missing()
+    if missing is not None and (client is None or _compile_only(client)):
+        yield missing
     if client is None:
         return
     facts = device_facts(client)
