@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -69,6 +70,35 @@ std::vector<std::vector<bool>> NvlinkPeers() {
   return peers;
 }
 
+// Maps memory of the host's other processes as RankWorkspace::Connect will. gather(bytes) exchanges
+// with the processes of the job and returns what those of this host sent, but for this one; it is
+// called twice whatever fails, by all alike, and the memory lives until all have mapped it. Returns
+// the CUDA error, 0 if there was none.
+int TryIpc(int device, const nb::callable& gather) {
+  int current = 0;
+  void* base = nullptr;
+  cudaIpcMemHandle_t handle = {};
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaMalloc(&base, sizeof(handle));
+  if (error == cudaSuccess) error = cudaIpcGetMemHandle(&handle, base);
+  const auto peers =
+      nb::cast<std::vector<nb::bytes>>(gather(nb::bytes(&handle, sizeof(handle))));
+  for (const nb::bytes& peer : peers) {
+    void* mapped = nullptr;
+    if (error == cudaSuccess && peer.size() == sizeof(handle)) {
+      std::memcpy(&handle, peer.data(), sizeof(handle));
+      error = cudaIpcOpenMemHandle(&mapped, handle, cudaIpcMemLazyEnablePeerAccess);
+      if (error == cudaSuccess) error = cudaIpcCloseMemHandle(mapped);
+    }
+  }
+  gather(nb::bytes(&handle, sizeof(handle)));
+  cudaFree(base);
+  cudaSetDevice(current);
+  (void)cudaGetLastError();
+  return error;
+}
+
 int64_t WorkspaceBytes(bool one_shot, int nranks, int64_t message_bytes) {
   const KernelKind kind{one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot, Dtype::kBFloat16,
                         nranks, 1};
@@ -111,6 +141,8 @@ NB_MODULE(_ffi, module) {
              "FFI types: {name: {type_id, type_info}}, for jax.ffi.register_ffi_type.");
   module.def("nvlink_peers", &NvlinkPeers,
              "Matrix over CUDA devices: whether one reaches the other's memory over NVLink.");
+  module.def("try_ipc", &TryIpc, nb::arg("device"), nb::arg("gather"),
+             "The CUDA error with which other processes' memory cannot be mapped; 0 if it can.");
   module.def("enqueued_launches", &EnqueuedLaunches,
              "Launches enqueued or captured so far; a replayed CUDA graph adds none.");
   module.def("workspace_bytes", &WorkspaceBytes, nb::arg("one_shot"), nb::arg("nranks"),

@@ -1,13 +1,23 @@
 """The compiled part, as far as a machine without a GPU can tell."""
 
 import importlib
+import json
 import math
+import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import children
+import jax
+import numpy as np
 import pytest
+from cases import BF16, Case, Inputs, assert_matches, make_inputs
+from jaxlib import xla_client
+from runners import in_specs, make_mesh, mesh_call, place
 
 import jax_gemma_arf
 from jax_gemma_arf import __main__ as report
@@ -20,7 +30,57 @@ def test_handlers_register(built):
     assert set(built.registrations()) == {lowering.MESH_TARGET, lowering.LOOPBACK_TARGET}
     mesh_stages = set(built.registrations()[lowering.MESH_TARGET])
     assert mesh_stages == {"instantiate", "prepare", "initialize", "execute"}
-    assert extension.load() is built  # registered once
+    assert extension.load() is built
+
+
+def export(call, inputs: Inputs, *platforms: str) -> jax.export.Exported:
+    """Exports a call as a function of the inputs' arrays."""
+    leaves, tree = jax.tree.flatten(inputs)
+    return jax.export.export(
+        jax.jit(lambda *leaves: call(tree.unflatten(leaves))),
+        platforms=platforms,
+        disabled_checks=jax_gemma_arf.DISABLED_EXPORT_CHECKS,
+    )(*leaves)
+
+
+def export_into(path: str) -> None:
+    """Writes a program that holds the kernel, as a process without a GPU can."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    case = Case((4,), 640, BF16)
+    call = mesh_call(case, make_mesh((2,), ("tp",), jax.devices()), implementation="cuda")
+    exported = export(call, make_inputs(case, 2), "cuda")
+    Path(path).write_bytes(exported.serialize())
+
+
+def what_runs(path: str) -> None:
+    """Stands in for the CUDA plugin, which takes what was registered before it was loaded."""
+    program = jax.export.deserialize(bytearray(Path(path).read_bytes())).mlir_module()
+    registered = []
+    xla_client.register_custom_call_handler("CUDA", lambda name, *_: registered.append(name))
+    xla_client.register_custom_type_handler("CUDA", lambda name, *_: registered.append(name))
+    print(re.findall(r"custom_call @(jax_gemma_arf\.\w+)", program), sorted(registered))
+
+
+def test_exported_program_in_another_process(built, tmp_path):
+    """Nothing is lowered there, so what it calls must be registered at import (hazard 32)."""
+    path = str(tmp_path / "program")
+    children.run(export_into, path, seconds=60).check()
+    loaded = children.run(what_runs, path, seconds=60).check()
+    registered = [*built.type_registrations(), *built.registrations()]
+    assert loaded.stdout.strip() == f"{[lowering.MESH_TARGET]} {sorted(registered)}"
+
+
+def test_exported_for_several_platforms(built, cpus):
+    """XLA looks for the handler on each of them, so none has the kernel; it runs where it can."""
+    mesh = make_mesh((2,), ("tp",), cpus[:2])
+    case = Case((4,), 640)
+    inputs = make_inputs(case, 2)
+    exported = export(mesh_call(case, mesh), inputs, "cuda", "cpu")
+    assert f"@{lowering.MESH_TARGET}" not in exported.mlir_module()
+    loaded = jax.export.deserialize(exported.serialize())
+    leaves = jax.tree.leaves(place(mesh, inputs, in_specs(case)))
+    outputs = jax.jit(loaded.call)(*leaves)
+    assert_matches(case, inputs, [np.asarray(out) for out in outputs], exact_sum=False)
 
 
 def test_versions_agree(built):
@@ -37,16 +97,109 @@ def test_version_mismatch_says_what_to_reinstall(built, monkeypatch):
 
 
 def test_import_without_extension():
-    """No nvcc at install time: the package imports, and says so in one line."""
-    code = (
-        "import sys; sys.modules['jax_gemma_arf._ffi'] = None\n"
-        "import jax_gemma_arf.__main__ as report; print(report.describe_extension())"
-    )
+    """Nothing was built, as in a source tree: the package imports, and says so in one line."""
+    line = not_built_because(None)
+    assert line.startswith("runs as psum, the extension was not built (a source tree")
+    assert line.count("\n") == 1
+
+
+def not_built_because(reason: str | None) -> str:
+    """The report's first line without an extension, where the build left this reason, or none."""
+    modules = {"jax_gemma_arf._ffi": None, "jax_gemma_arf._not_built": None}
+    code = f"import sys, types; sys.modules |= {modules}\n"
+    if reason is not None:
+        code += (
+            f"sys.modules['jax_gemma_arf._not_built'] = types.SimpleNamespace(REASON={reason!r})\n"
+        )
+    code += "import jax_gemma_arf.__main__ as report; print(report.describe_extension())"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert result.stdout.startswith("runs as psum, the extension was not built (no nvcc at")
-    assert result.stdout.count("\n") == 1
+    return result.stdout
+
+
+def configure(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    """Configures the build in folder."""
+    cmake = shutil.which("cmake") or pytest.skip("needs cmake")
+    python = f"-DPython_EXECUTABLE={sys.executable}"
+    return subprocess.run(
+        [cmake, "-S", str(ROOT), "-B", str(folder), python, *options],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "/nonexistent/c++"}, "no C++ compiler found"),
+        (
+            {"CUDACXX": "/nonexistent/nvcc"},
+            "no working nvcc in PATH, CUDA_HOME or the nvidia-cuda-nvcc wheel",
+        ),
+    ],
+)
+def test_the_build_keeps_its_reason(tmp_path, environment, reason):
+    """What CMake lacked is what the package says, not a guess."""
+    configured = configure(tmp_path / "build", **environment)
+    assert configured.returncode == 0, configured.stderr
+    assert reason in " ".join(configured.stderr.split())
+    install = ["cmake", "--install", tmp_path / "build", "--prefix", tmp_path]
+    subprocess.run(install, check=True, capture_output=True)
+    (installed,) = (tmp_path / "jax_gemma_arf").iterdir()
+    written = runpy.run_path(str(installed))
+    assert written["REASON"] == reason
+    assert installed.stem == "_not_built"
+    assert not_built_because(reason).startswith(
+        f"runs as psum, the extension was not built ({reason})"
+    )
+
+
+def test_a_required_kernel_is_an_error(tmp_path):
+    """For those who build wheels."""
+    option = "-DJAX_GEMMA_ARF_REQUIRE_KERNEL=ON"
+    configured = configure(tmp_path / "build", option, CXX="/nonexistent/c++")
+    assert configured.returncode != 0
+    assert (
+        "REQUIRE_KERNEL is ON, but the kernel cannot be built: no C++ compiler found"
+        in " ".join(configured.stderr.split())
+    )
+
+
+NANOBIND = """
+function(nanobind_add_module name)
+  list(REMOVE_ITEM ARGN STABLE_ABI NB_STATIC)
+  add_library(${name} MODULE ${ARGN})
+endfunction()
+"""
+
+
+@pytest.mark.parametrize("temporary", ["with_none", "with a space"])
+def test_temporary_folder_with_a_space(tmp_path, temporary):
+    """Hazard 37: nvcc 13.0 then fails with threads, and without them only takes longer.
+
+    A stand-in for nanobind, which is not installed where tests run; nothing is compiled."""
+    shutil.which("nvcc") or pytest.skip("needs nvcc")
+    stand_in = tmp_path / "python" / "nanobind"
+    stand_in.mkdir(parents=True)
+    (stand_in / "__main__.py").write_text(f"print({str(stand_in)!r})")
+    (stand_in / "nanobind-config.cmake").write_text(NANOBIND)
+    (tmp_path / temporary).mkdir()
+    configured = configure(
+        tmp_path / "build",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+        PYTHONPATH=str(stand_in.parent),
+        TMPDIR=str(tmp_path / temporary),
+    )
+    assert configured.returncode == 0, configured.stderr
+    if "without the kernel" in configured.stderr:
+        pytest.skip(f"needs what the build needs: {configured.stderr}")
+    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+    (kernels,) = (one["command"] for one in commands if one["file"].endswith("kernels.cu"))
+    assert "-fmad=false" in kernels
+    assert ("--threads=2" in kernels) == (" " not in temporary)
 
 
 def test_caps_agree(built):
