@@ -1,12 +1,16 @@
 """jax_gemma_arf.linen and jax_gemma_arf.nnx: parameter names, values against plain arithmetic."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import OPS, Case, make_inputs
+from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
+from runners import call_op, in_specs, make_mesh, one_rank
 
 from jax_gemma_arf import linen
 from jax_gemma_arf import nnx as blocks_nnx
@@ -145,37 +149,180 @@ def test_parameters_of_all_ranks(mesh):
 
 
 @pytest.mark.parametrize("next_norms", [None, 1, 2])
-def test_init_has_the_structure_of_apply(next_norms):
-    """A parent that unpacks the results does so in init, too."""
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: functools.partial(jax.eval_shape, f)])
+def test_init_returns_what_apply_does(mesh, wrap, next_norms):
+    """In structure, shape and dtype, so that a parent can unpack it; h has two rows on purpose."""
+    h = jnp.ones((2, FEATURES), jnp.bfloat16)
+    scale = jnp.ones(FEATURES, jnp.bfloat16)
+    args = (h,) if next_norms is None else (h, scale if next_norms == 1 else (scale,) * next_norms)
     module = linen.FeedForward(HIDDEN, "tp")
-    scale = jnp.ones(FEATURES)
-    scales = {None: None, 1: scale, 2: (scale, scale)}[next_norms]
-    h = jnp.ones((2, 3, FEATURES))
-    out, _ = module.init_with_output(jax.random.key(0), h, scales)
-    expected = {None: h, 1: (h, h), 2: (h, (h, h))}[next_norms]
-    assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, expected)
+    made, variables = wrap(module.init_with_output)(jax.random.key(0), *args)
+    specs = ({"params": module.param_specs()}, *(P() for _ in args))
+    mapped = jax.shard_map(module.apply, mesh=mesh, in_specs=specs, out_specs=P())
+    applied = jax.eval_shape(mapped, variables, *args)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, applied)
+    assert jax.tree.structure(made) == jax.tree.structure(applied)
+    assert {a.dtype for a in jax.tree.leaves(made)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_specs_of_stacked_modules():
-    """Axes that nnx.vmap and nn.scan put in front are sharded over none."""
-    specs = linen.MLP(HIDDEN, "tp").param_specs(stacked=1)
-    assert specs == {"gating_einsum": P(None, None, "tp"), "linear": P(None, "tp")}
+def test_a_parent_that_unpacks(mesh):
+    class Parent(nn.Module):
+        @nn.compact
+        def __call__(self, h):
+            scale = self.param("next_norm", nn.initializers.ones, (FEATURES,))
+            hidden, normed = linen.FeedForward(HIDDEN, "tp", name="ff")(h, scale)
+            assert hidden.shape == normed.shape == h.shape
+            return hidden + normed
 
+    h = jnp.ones((3, FEATURES))
+    assert "next_norm" in Parent().tabulate(jax.random.key(0), h)
+    variables = Parent().init(jax.random.key(0), h)
+    ff = linen.FeedForward(HIDDEN, "tp").param_specs()
+    specs = {"params": {"ff": ff, "next_norm": P()}}
+    run(mesh, Parent().apply, specs, variables, h)
+
+
+class Stack(nn.Module):
+    """Three blocks in nn.scan; options are nn.scan's."""
+
+    block: type[nn.Module]
+    options: tuple = ()
+
+    @nn.compact
+    def __call__(self, h):
+        scan = nn.scan(
+            lambda block, h, _: (block(h), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+            **dict(self.options),
+        )
+        return scan(self.block(HIDDEN, "tp", name="ff"), h, None)[0]
+
+
+NO_CHECK = (("check_constancy_invariants", False),)
+
+
+@pytest.mark.parametrize("block", [linen.FeedForward, nn.remat(linen.FeedForward)])
+@pytest.mark.parametrize(
+    ("options", "check_vma"), [(NO_CHECK, True), (NO_CHECK, False), ((), False)]
+)
+def test_scan_of_linen(mesh, block, options, check_vma):
+    """The parameters of the layers are stacked, and param_specs says so."""
+    h = jax.random.normal(jax.random.key(1), (3, FEATURES))
+    stack = Stack(block, options)
+    variables = stack.init(jax.random.key(0), h)
+    feed_forward = linen.FeedForward(HIDDEN, "tp")
+    stacked = {"params": {"ff": feed_forward.param_specs(stacked=1)}}
+    mapped = functools.partial(jax.shard_map, mesh=mesh, out_specs=P(), check_vma=check_vma)
+    got = jax.jit(mapped(stack.apply, in_specs=(stacked, P())))(variables, h)
+    one = jax.jit(
+        mapped(feed_forward.apply, in_specs=({"params": feed_forward.param_specs()}, P()))
+    )
+    want = h
+    for layer in range(3):
+        params = jax.tree.map(lambda a: a[layer], variables["params"]["ff"])  # noqa: B023
+        want = one({"params": params}, want)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_scan_that_drops_manual_axes(mesh, op):
+    """Flax's default traces the body again with types that the check refuses: it says what to pass.
+
+    With nothing between, so for every operation."""
+    case = Case((3,), FEATURES, op=op, next_norms=int(op == "sandwich"))
+
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, h, inputs):
+            return h + call_op(case, inputs, axis_name="tp")[0].sum().astype(h.dtype), None
+
+    def local(options, inputs):
+        inputs = jax.tree.map(lambda a: a[None], one_rank(inputs))
+        scan = nn.scan(Body, length=1, **dict(options))
+        return scan().apply({}, jnp.zeros(()), inputs)[0]
+
+    def call(options):
+        body = functools.partial(local, options)
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=(in_specs(case),), out_specs=P())
+        return jax.jit(mapped)(make_inputs(case, 2))
+
+    with pytest.raises(
+        ValueError, match=r"must hold partial sums.*check_constancy_invariants=False"
+    ):
+        call(())
+    assert np.isfinite(call(NO_CHECK))
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_param_specs_of_stacked_nnx(mesh, axes):
+    """Axes in front are sharded over none, in both modules; the layers run in nnx.scan."""
+
+    def make(name):
+        def one(rngs):
+            options = {"axis_name": "tp", "dtype": jnp.float32, "rngs": rngs}
+            return getattr(blocks_nnx, name)(FEATURES, HIDDEN, **options)
+
+        create, rngs = one, nnx.Rngs(0)
+        for _ in range(axes):
+            create = nnx.split_rngs(splits=2)(nnx.vmap(create))
+        return create(rngs)
+
+    front = (None,) * axes
+    mlp = {"gating_einsum": P(*front, None, "tp"), "linear": P(*front, "tp")}
+    for name, want in (("MLP", mlp), ("FeedForward", {"mlp": mlp})):
+        got = nnx.to_pure_dict(make(name).param_specs())
+        assert got | want == got, got
+        assert set(jax.tree.leaves(got)) <= {*mlp.values(), P()}
+
+
+def test_scan_of_nnx(mesh):
     @nnx.split_rngs(splits=3)
     @nnx.vmap
-    def create(rngs):
-        return blocks_nnx.MLP(FEATURES, HIDDEN, axis_name="tp", dtype=jnp.float32, rngs=rngs)
+    def make(rngs):
+        options = {"axis_name": "tp", "dtype": jnp.float32, "rngs": rngs}
+        return blocks_nnx.FeedForward(FEATURES, HIDDEN, **options)
 
-    stacked = create(nnx.Rngs(0))
-    specs = dict(nnx.to_flat_state(stacked.param_specs()))
-    found = {path[-1]: spec.get_value() for path, spec in specs.items()}
-    assert found == {"gating_einsum": P(None, None, "tp"), "linear": P(None, "tp")}
+    layers = make(nnx.Rngs(0))
+    graph, state = nnx.split(layers)
+    h = jax.random.normal(jax.random.key(1), (3, FEATURES))
+
+    def call(state, h):
+        scan = nnx.scan(lambda h, layer: layer(h), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return scan(h, nnx.merge(graph, state))
+
+    got = run(mesh, call, layers.param_specs(), state, h)
+    want = np.asarray(h, np.float64)
+    for layer in range(3):
+        p = jax.tree.map(lambda a: np.asarray(a[layer]), nnx.to_pure_dict(state))  # noqa: B023
+        normed = norm(want, p["pre_ffw_norm"]["scale"])
+        want = norm(expected_mlp(normed, p["mlp"]), p["post_ffw_norm"]["scale"]) + want
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+    with pytest.raises(ValueError, match=r"this rank's 32 of 64 .*got 3, 32; .*nnx\.scan"):
+        run(mesh, lambda s, h: nnx.merge(graph, s).mlp(h), layers.param_specs(), state, h)
 
 
+@pytest.mark.parametrize("next_norm", [False, True])
+def test_to_linen(mesh, next_norm):
+    """nnx.bridge's init calls the module outside of shard_map, too."""
+    module = nnx.bridge.to_linen(
+        blocks_nnx.FeedForward, FEATURES, HIDDEN, axis_name="tp", dtype=jnp.float32
+    )
+    h = jax.random.normal(jax.random.key(1), (2, FEATURES))
+    args = (h, jnp.ones(FEATURES)) if next_norm else (h,)
+    made, variables = module.init_with_output(jax.random.key(0), *args)
+    assert jax.tree.map(jnp.shape, made) == ((h.shape,) * 2 if next_norm else h.shape)
+    specs = {"params": linen.FeedForward(HIDDEN, "tp").param_specs()}
+    got = run(mesh, module.apply, specs, variables, *args)
+    assert jax.tree.map(np.shape, got) == jax.tree.map(jnp.shape, made)
+
+
+@both
 @pytest.mark.parametrize("name", ["MLP", "FeedForward"])
-def test_outside_shard_map(name):
-    module = getattr(linen, name)(HIDDEN, "tp")
-    x = jnp.ones((2, FEATURES))
-    params = module.init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match=r"inside jax\.shard_map"):
-        module.apply(params, x)
+def test_outside_shard_map(make, name):
+    call, _ = make(name)
+    p = weights(0) if name == "FeedForward" else weights(0)["mlp"]
+    with pytest.raises(ValueError, match=r"got 'tp' where there is no such axis.*jax\.shard_map"):
+        call(p, jnp.ones((3, FEATURES)))

@@ -50,7 +50,8 @@ def test_hazards_are_covered():
     """Every row of docs/hazards.md says what covers it, and all that it names exists."""
     text = (ROOT / "docs" / "hazards.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
-    assert [int(number) for number, *_ in rows] == list(range(1, 34))
+    assert [int(number) for number, *_ in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) >= 40
     files = [
         path
         for folder in ("tests", "ffi", "jax_gemma_arf")

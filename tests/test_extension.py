@@ -1,6 +1,7 @@
 """The compiled part, as far as a machine without a GPU can tell."""
 
 import importlib
+import json
 import math
 import os
 import re
@@ -9,15 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import children
+import jax
 import jaxlib.version
+import numpy as np
 import pytest
+from cases import BF16, Case, Inputs, assert_matches, make_inputs
+from jaxlib import xla_client
+from runners import in_specs, make_mesh, mesh_call, place
 
 import jax_gemma_arf
 from jax_gemma_arf import __main__ as report
 from jax_gemma_arf import extension, lowering, support
-
-ROOT = Path(__file__).parent.parent
-
 
 ROOT = Path(__file__).parent.parent
 REGISTER_TARGET = "jax_gemma_arf.register_tail"
@@ -76,6 +80,57 @@ def test_record_is_for_known_versions():
         assert result.stdout.split() == [str(expected)]
 
 
+def export(call, inputs: Inputs, *platforms: str) -> jax.export.Exported:
+    """Exports a call as a function of the inputs' arrays."""
+    leaves, tree = jax.tree.flatten(inputs)
+    return jax.export.export(
+        jax.jit(lambda *leaves: call(tree.unflatten(leaves))),
+        platforms=platforms,
+        disabled_checks=jax_gemma_arf.DISABLED_EXPORT_CHECKS,
+    )(*leaves)
+
+
+def export_into(path: str) -> None:
+    """Writes a program that holds the kernel, as a process without a GPU can."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    case = Case((4,), 640, BF16)
+    call = mesh_call(case, make_mesh((2,), ("tp",), jax.devices()), implementation="cuda")
+    exported = export(call, make_inputs(case, 2), "cuda")
+    Path(path).write_bytes(exported.serialize())
+
+
+def what_runs(path: str) -> None:
+    """Stands in for the CUDA plugin, which takes what was registered before it was loaded."""
+    program = jax.export.deserialize(bytearray(Path(path).read_bytes())).mlir_module()
+    registered = []
+    xla_client.register_custom_call_handler("CUDA", lambda name, *_: registered.append(name))
+    xla_client.register_custom_type_handler("CUDA", lambda name, *_: registered.append(name))
+    print(re.findall(r"custom_call @(jax_gemma_arf\.\w+)", program), sorted(registered))
+
+
+def test_exported_program_in_another_process(built, tmp_path):
+    """Nothing is lowered there, so what it calls must be registered at import (hazard 33)."""
+    path = str(tmp_path / "program")
+    children.run(export_into, path, seconds=60).check()
+    loaded = children.run(what_runs, path, seconds=60).check()
+    # What registers the call is registered, by name.
+    registered = [*built.type_registrations(), *built.registrations()]
+    assert loaded.stdout.strip() == f"{[lowering.MESH_TARGET]} {sorted(registered)}"
+
+
+def test_exported_for_several_platforms(built, cpus):
+    """XLA looks for the handler on each of them, so none has the kernel; it runs where it can."""
+    mesh = make_mesh((2,), ("tp",), cpus[:2])
+    case = Case((4,), 640)
+    inputs = make_inputs(case, 2)
+    exported = export(mesh_call(case, mesh), inputs, "cuda", "cpu")
+    assert f"@{lowering.MESH_TARGET}" not in exported.mlir_module()
+    loaded = jax.export.deserialize(exported.serialize())
+    leaves = jax.tree.leaves(place(mesh, inputs, in_specs(case)))
+    outputs = jax.jit(loaded.call)(*leaves)
+    assert_matches(case, inputs, [np.asarray(out) for out in outputs], exact_sum=False)
+
+
 def test_versions_agree(built):
     assert built.__version__ == jax_gemma_arf.__version__
 
@@ -127,6 +182,53 @@ def test_build_without_a_compiler(tmp_path, required):
         assert "the kernel cannot be compiled" in result.stderr
     else:
         assert 'REASON = "no C++ compiler found"' in (tmp_path / "_not_built.py").read_text()
+
+
+def configure(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    """Configures the build in folder."""
+    cmake = shutil.which("cmake") or pytest.skip("needs cmake")
+    python = f"-DPython_EXECUTABLE={sys.executable}"
+    return subprocess.run(
+        [cmake, "-S", str(ROOT), "-B", str(folder), python, *options],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+NANOBIND = """
+function(nanobind_add_module name)
+  list(REMOVE_ITEM ARGN STABLE_ABI NB_STATIC)
+  add_library(${name} MODULE ${ARGN})
+endfunction()
+"""
+
+
+@pytest.mark.parametrize("temporary", ["with_none", "with a space"])
+def test_temporary_folder_with_a_space(tmp_path, temporary):
+    """Hazard 38: nvcc 13.0 then fails with threads, and without them only takes longer.
+
+    A stand-in for nanobind, which is not installed where tests run; nothing is compiled."""
+    shutil.which("nvcc") or pytest.skip("needs nvcc")
+    stand_in = tmp_path / "python" / "nanobind"
+    stand_in.mkdir(parents=True)
+    (stand_in / "__main__.py").write_text(f"print({str(stand_in)!r})")
+    (stand_in / "nanobind-config.cmake").write_text(NANOBIND)
+    (tmp_path / temporary).mkdir()
+    configured = configure(
+        tmp_path / "build",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+        PYTHONPATH=str(stand_in.parent),
+        TMPDIR=str(tmp_path / temporary),
+    )
+    assert configured.returncode == 0, configured.stderr
+    if "without the kernel" in configured.stderr:
+        pytest.skip(f"needs what the build needs: {configured.stderr}")
+    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+    (kernels,) = (one["command"] for one in commands if one["file"].endswith("kernels.cu"))
+    assert "-fmad=false" in kernels
+    assert ("--threads=2" in kernels) == (" " not in temporary)
 
 
 def test_caps_agree(built):

@@ -6,13 +6,13 @@ import functools
 import os
 import re
 import signal
+import types
 
 import children
 import jax
 import numpy as np
 import pytest
 from cases import BF16, F32, Case, assert_matches, make_inputs
-from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 from places import GRAPHS, NO_GRAPHS
 from runners import in_specs, make_mesh, mesh_call
@@ -127,13 +127,65 @@ def test_one_process_switches_all_off():
     assert [line[-12:] for line in first[2:4]] == [" disabled=0)", " disabled=1)"]
 
 
+def with_other_devices(coordinator: str, index: int) -> None:
+    jax.config.update("jax_num_cpu_devices", (1, 3)[index])
+    join(coordinator, 2, index)
+    mesh = make_mesh((2, 2), ("data", "tp"), jax.devices())
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow_explicit"):
+        jga.initialize()
+    print(*(f"\nresult: {fact}" for fact in processes.known(2)), flush=True)
+    support = jga.fusion_support((1, 640), BF16, mesh=mesh, axis_name="tp")
+    print(f"\nresult: {support}", flush=True)
+
+
+@pytest.mark.parametrize("disable_jit", ["0", "1"])
+def test_processes_of_different_sizes(disable_jit):
+    """Each process's facts once, also with jit off, a mesh in context and transfers forbidden."""
+    env = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_JIT": disable_jit}
+    address = children.coordinator()
+    pair = [
+        children.Child(with_other_devices, address, i, env=env | {"JAX_GEMMA_ARF_DISABLE": str(i)})
+        for i in range(2)
+    ]
+    first, second = (
+        re.findall(r"^result: (.*?) *$", child.check().stdout, flags=re.MULTILINE)
+        for child in children.run_together(pair, seconds=60)
+    )
+    assert first == second
+    assert [line[-12:] for line in first[:2]] == [" disabled=0)", " disabled=1)"]
+    assert "switched off by JAX_GEMMA_ARF_DISABLE" in first[2]
+
+
+@pytest.mark.parametrize("useless", [{"disabled": 1}, {"built": 0}, {"version": 8}])
+def test_ipc_is_tried_by_all_or_none(monkeypatch, useless):
+    """One that does not try would leave the others waiting in the exchange."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(local_hardware_id=3)])
+    facts = processes.ProcessFacts(1, 7, built=1, nvlinked=1, visible_gpus=4, disabled=0)
+    tried = []
+
+    def try_ipc(device, gather):
+        tried.append((device, gather(b"handle of 0.")))
+        return 201
+
+    fake = types.SimpleNamespace(try_ipc=try_ipc)
+    monkeypatch.setattr(processes.extension, "load", lambda: fake)
+    sent = [np.frombuffer(b"handle of %d." % i, np.uint32) for i in range(3)]
+    monkeypatch.setattr(processes, "_gather", lambda mine: sent)
+    other_host = dataclasses.replace(facts, host=2)
+    assert processes._ipc_error([facts, facts, other_host]) == 201
+    assert tried == [(3, [b"handle of 1."])]  # neither its own nor another host's
+    assert processes._ipc_error([facts, dataclasses.replace(facts, **useless)]) == 0
+    assert len(tried) == 1
+
+
 def test_initialize_alone(monkeypatch):
     """In a job of one process there is nobody to ask."""
 
     def nobody(*_):
         raise AssertionError("asked other processes")
 
-    monkeypatch.setattr(multihost_utils, "process_allgather", nobody)
+    monkeypatch.setattr(processes, "_gather", nobody)
     jga.initialize()
     assert processes.known(1) == [processes.own_facts()]
 

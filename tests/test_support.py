@@ -132,6 +132,14 @@ def test_no_nvlink(nvlinked):
     assert "NVLink" in decide(client=FakeClient()).reason
 
 
+def test_no_gpu_for_the_extension(nvlinked, monkeypatch):
+    """JAX may run on a driver that is too old for the extension's CUDA runtime (hazard 36)."""
+    monkeypatch.setattr(extension, "nvlink_peers", lambda: [])
+    reason = decide(client=FakeClient()).reason
+    assert "CUDA runtime finds no GPU where JAX has 4 on this host" in reason
+    assert "CUDA_VISIBLE_DEVICES" not in reason
+
+
 def test_switched_off(nvlinked, monkeypatch):
     monkeypatch.setenv(processes.DISABLE_VARIABLE, "1")
     assert decide().reason == "switched off by JAX_GEMMA_ARF_DISABLE"
@@ -168,6 +176,8 @@ def gathered(monkeypatch, *facts):
         ({"version": 8}, "process 1 runs another version"),
         ({"nvlinked": 0}, r"NVLink peer access .* \(process 1\)"),
         ({"visible_gpus": 2}, "process 1 sees 2 of its host's 4 GPUs.*local_device_ids"),
+        ({"visible_gpus": 0}, r"CUDA runtime finds no GPU .* driver is older.*\(process 1\)"),
+        ({"ipc_error": 201}, r"process 1 cannot map .*\(CUDA IPC, error 201\); run them in one"),
         ({"disabled": 1}, "switched off by JAX_GEMMA_ARF_DISABLE"),
     ],
 )
@@ -191,6 +201,41 @@ def test_groups_stay_on_one_host(nvlinked, monkeypatch):
 def test_unknown_axis(axis_name):
     with pytest.raises(ValueError, match="axis_name must name one or several different axes"):
         fusion_support((1, 640), jnp.bfloat16, mesh=ABSTRACT, axis_name=axis_name)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (np.prod([4, 2]), 5376),
+        np.array([8, 5376]),
+        [np.int32(8), np.int64(5376)],
+        (jnp.int32(8), 5376),
+    ],
+    ids=["np.prod", "array", "list", "jax"],
+)
+def test_sizes_of_any_library(nvlinked, shape):
+    """Sizes are computed, often by NumPy, and are integers all the same."""
+    decision = fusion_support(shape, jnp.bfloat16, mesh=ABSTRACT, axis_name="tp")
+    assert decision == fusion_support((8, 5376), jnp.bfloat16, mesh=ABSTRACT, axis_name="tp")
+    assert decision.ok, decision.reason
+
+
+@pytest.mark.parametrize("shape", [(-1, 5376), (4, -64), (np.int64(-1), 5376)])
+def test_negative_sizes(shape):
+    with pytest.raises(ValueError, match=r"sizes of at least 0, got \(.*; -1 is not inferred"):
+        fusion_support(shape, jnp.bfloat16, mesh=ABSTRACT, axis_name="tp")
+
+
+@pytest.mark.parametrize("shape", [(4.0, 5376), ("4", 5376), (None, 5376), np.ones((2, 2))])
+def test_sizes_that_are_no_integers(shape):
+    with pytest.raises(TypeError, match="x_shape must hold integers, got"):
+        fusion_support(shape, jnp.bfloat16, mesh=ABSTRACT, axis_name="tp")
+
+
+def test_symbolic_sizes(nvlinked):
+    shape = (*jax.export.symbolic_shape("tokens"), 5376)
+    decision = fusion_support(shape, jnp.bfloat16, mesh=ABSTRACT, axis_name="tp")
+    assert decision.reason.startswith("x must have a static shape")
 
 
 def test_no_last_axis():

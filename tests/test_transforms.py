@@ -208,18 +208,19 @@ def test_types(cpus, case, rows):
     assert_close(jax.jit(call)(inputs), want)
 
 
-def test_python_scalar_under_x64(mesh):
+@pytest.mark.parametrize("scalar", [0.5, 2, np.int64(2), np.float64(0.5)], ids=repr)
+def test_number_under_x64(mesh, scalar):
     case = CASES["post_ff"]
     inputs = make_inputs(case, 2)
     specs = in_specs(dataclasses.replace(case, layer_scalar=None))
 
     def local(inputs):
-        return call_op(case, one_rank(inputs._replace(layer_scalar=0.5)), axis_name="tp")
+        return call_op(case, one_rank(inputs._replace(layer_scalar=scalar)), axis_name="tp")
 
     call = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())
     with jax.enable_x64(True):
         outputs = jax.jit(call)(inputs._replace(layer_scalar=None))
-    inputs = inputs._replace(layer_scalar=np.float32(0.5).reshape(()))
+    inputs = inputs._replace(layer_scalar=np.float32(scalar).reshape(()))
     assert_matches(case, inputs, map(np.asarray, outputs), exact_sum=True)
 
 
