@@ -5,7 +5,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -70,35 +69,6 @@ std::vector<std::vector<bool>> NvlinkPeers() {
   return peers;
 }
 
-// Maps memory of the host's other processes as RankWorkspace::Connect will; returns the CUDA error,
-// or 0. gather(bytes) sends bytes to all processes of the job and returns the bytes that the other
-// processes of this host sent. Every process calls it twice, whatever fails: the second call keeps
-// the memory until all processes have mapped it.
-int TryIpc(int device, const nb::callable& gather) {
-  int current = 0;
-  void* base = nullptr;
-  cudaIpcMemHandle_t handle = {};
-  cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaMalloc(&base, sizeof(handle));
-  if (error == cudaSuccess) error = cudaIpcGetMemHandle(&handle, base);
-  const auto peers = nb::cast<std::vector<nb::bytes>>(gather(nb::bytes(&handle, sizeof(handle))));
-  if (error == cudaSuccess) error = cudaSetDevice(device);  // gather may have changed it
-  for (const nb::bytes& peer : peers) {
-    void* mapped = nullptr;
-    if (error == cudaSuccess && peer.size() == sizeof(handle)) {
-      std::memcpy(&handle, peer.data(), sizeof(handle));
-      error = cudaIpcOpenMemHandle(&mapped, handle, cudaIpcMemLazyEnablePeerAccess);
-      if (error == cudaSuccess) error = cudaIpcCloseMemHandle(mapped);
-    }
-  }
-  gather(nb::bytes(&handle, sizeof(handle)));
-  cudaFree(base);
-  cudaSetDevice(current);
-  (void)cudaGetLastError();
-  return error;
-}
-
 int64_t WorkspaceBytes(bool one_shot, int nranks, int64_t message_bytes) {
   const KernelKind kind{one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot, Dtype::kBFloat16,
                         nranks, 1};
@@ -145,8 +115,6 @@ NB_MODULE(_ffi, module) {
              "Stages that the mesh target is registered with; none before a runtime has asked.");
   module.def("nvlink_peers", &NvlinkPeers,
              "Matrix over CUDA devices: whether one reaches the other's memory over NVLink.");
-  module.def("try_ipc", &TryIpc, nb::arg("device"), nb::arg("gather"),
-             "The CUDA error with which other processes' memory cannot be mapped; 0 if it can.");
   module.def("enqueued_launches", &EnqueuedLaunches,
              "Launches enqueued, captured or recorded so far; a replayed CUDA graph adds none.");
   module.def("recorded_launches", &RecordedLaunches,

@@ -33,8 +33,6 @@ class ProcessFacts:
     built: int
     nvlinked: int  # whether all GPUs it sees reach each other over NVLink
     visible_gpus: int
-    # CUDA error of mapping memory of the host's other processes (CUDA IPC), or 0; from initialize.
-    ipc_error: int = dataclasses.field(default=0, kw_only=True)
     disabled: int
 
 
@@ -51,35 +49,8 @@ def initialize() -> None:
     global _gathered  # noqa: PLW0603
     if jax.process_count() == 1:
         return
-    mine = dataclasses.asdict(own_facts())
-    rows = _gather(np.array([*mine.values()], np.uint32))
-    facts = [ProcessFacts(**dict(zip(mine, map(int, row)))) for row in rows]
-    errors = _gather(np.array([_ipc_error(facts)], np.uint32))
-    _gathered = [
-        dataclasses.replace(process, ipc_error=int(error))
-        for process, (error,) in zip(facts, errors)
-    ]
-
-
-def _ipc_error(facts: list[ProcessFacts]) -> int:
-    """Tries to map memory of the host's other processes; returns the CUDA error, or 0.
-
-    It fails between separate containers, though their GPUs reach each other. All processes try, or
-    none does.
-    """
-    built = extension.load()
-    useless = any(p.disabled or not p.built or p.version != facts[0].version for p in facts)
-    if built is None or useless or jax.default_backend() != "gpu":
-        return 0
-    index = jax.process_index()
-
-    def gather(message: bytes) -> list[bytes]:
-        rows = enumerate(_gather(np.frombuffer(message, np.uint32)))
-        return [
-            row.tobytes() for i, row in rows if i != index and facts[i].host == facts[index].host
-        ]
-
-    return built.try_ipc(jax.local_devices()[0].local_hardware_id, gather)
+    mine = np.array(dataclasses.astuple(own_facts()), np.uint32)
+    _gathered = [ProcessFacts(*map(int, row)) for row in _gather(mine)]
 
 
 def _gather(mine: np.ndarray) -> list[np.ndarray]:

@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import signal
-import types
 
 import children
 import jax
@@ -154,29 +153,6 @@ def test_processes_of_different_sizes(disable_jit):
     assert first == second
     assert [line[-12:] for line in first[:2]] == [" disabled=0)", " disabled=1)"]
     assert "switched off by JAX_GEMMA_ARF_DISABLE" in first[2]
-
-
-@pytest.mark.parametrize("useless", [{"disabled": 1}, {"built": 0}, {"version": 8}])
-def test_ipc_is_tried_by_all_or_none(monkeypatch, useless):
-    """One that does not try would leave the others waiting in the exchange."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(local_hardware_id=3)])
-    facts = processes.ProcessFacts(1, 7, built=1, nvlinked=1, visible_gpus=4, disabled=0)
-    tried = []
-
-    def try_ipc(device, gather):
-        tried.append((device, gather(b"handle of 0.")))
-        return 201
-
-    fake = types.SimpleNamespace(try_ipc=try_ipc)
-    monkeypatch.setattr(processes.extension, "load", lambda: fake)
-    sent = [np.frombuffer(b"handle of %d." % i, np.uint32) for i in range(3)]
-    monkeypatch.setattr(processes, "_gather", lambda mine: sent)
-    other_host = dataclasses.replace(facts, host=2)
-    assert processes._ipc_error([facts, facts, other_host]) == 201
-    assert tried == [(3, [b"handle of 1."])]  # neither its own nor another host's
-    assert processes._ipc_error([facts, dataclasses.replace(facts, **useless)]) == 0
-    assert len(tried) == 1
 
 
 def test_initialize_alone(monkeypatch):

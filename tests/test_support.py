@@ -133,7 +133,7 @@ def test_no_nvlink(nvlinked):
 
 
 def test_no_gpu_for_the_extension(nvlinked, monkeypatch):
-    """JAX may run on a driver that is too old for the extension's CUDA runtime (hazard 36)."""
+    """JAX may run on a driver that is too old for the extension's CUDA runtime (hazard 35)."""
     monkeypatch.setattr(extension, "nvlink_peers", lambda: [])
     reason = decide(client=FakeClient()).reason
     assert "CUDA runtime finds no GPU where JAX has 4 on this host" in reason
@@ -177,7 +177,6 @@ def gathered(monkeypatch, *facts):
         ({"nvlinked": 0}, r"NVLink peer access .* \(process 1\)"),
         ({"visible_gpus": 2}, "process 1 sees 2 of its host's 4 GPUs.*local_device_ids"),
         ({"visible_gpus": 0}, r"CUDA runtime finds no GPU .* driver is older.*\(process 1\)"),
-        ({"ipc_error": 201}, r"process 1 cannot map .*\(CUDA IPC, error 201\); run them in one"),
         ({"disabled": 1}, "switched off by JAX_GEMMA_ARF_DISABLE"),
     ],
 )
