@@ -5,8 +5,8 @@
 #
 #   bench/gpu.sh [report|test|stress|sanitize|speed|op|ops|block|model|quick]...
 #
-# speed is op, ops, block and model, and the demo; quick is a short run of the benchmarks; the default is
-# all but quick.
+# speed is op, ops, block and model, and the demo; quick is a short run of the benchmarks; the
+# default is all but quick.
 # Records and plots go to $OUT, else to bench/records. COMMIT names the commit where there is no git.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -187,7 +187,7 @@ def local_size(array: jax.ShapeDtypeStruct) -> int:
 
 
 class Work(NamedTuple):
-    """What one device has to do in a step."""
+    """Bytes and operations of one device in a step."""
 
     bytes: float
     flops: float
@@ -428,7 +428,7 @@ class Bench:
                 [future for programs in started for future in programs.values()]
             )
             for side, programs in zip(sides, started):
-                params = clock = None  # frees those of the side before
+                params = clock = None  # frees the parameters of the previous side
                 try:
                     params = self.parameters(side)
                     if want is None:

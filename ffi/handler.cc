@@ -686,7 +686,7 @@ XLA_FFI_Error* RegisterMesh(XLA_FFI_CallFrame* frame) {
     if (error != nullptr) return error;
     mesh_registered = true;
   }
-  return kExecute(frame);  // the metadata are those of any Execute; XLA never calls it otherwise
+  return kExecute(frame);  // answers with the metadata of Execute; XLA asks for nothing else
 }
 
 }  // namespace

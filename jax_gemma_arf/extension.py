@@ -12,6 +12,11 @@ import jaxlib.version
 from jax_gemma_arf._version import __version__
 
 
+def is_set(variable: str) -> bool:
+    """Returns whether a switch in the environment is on: set to anything but 0."""
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
 def _reason_of_the_build() -> str:
     """Returns the reason that CMakeLists.txt wrote down when it left the extension out."""
     try:
@@ -44,10 +49,7 @@ RECORD_VARIABLE = "JAX_GEMMA_ARF_RECORD"
 
 #: Whether that is done. XLA's interface for it is under development, so a jaxlib newer than those
 #: tested captures.
-RECORD = os.environ.get(RECORD_VARIABLE, "0") not in (
-    "",
-    "0",
-) and jaxlib.version.__version_info__ < (0, 13)
+RECORD = is_set(RECORD_VARIABLE) and jaxlib.version.__version_info__ < (0, 13)
 
 # At import, not at the first lowering: a program that another process exported or compiled is never
 # lowered here. JAX keeps the registrations until its CUDA plugin is loaded.

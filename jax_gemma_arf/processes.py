@@ -7,7 +7,6 @@ of them, and everybody decides from all of it.
 
 import dataclasses
 import functools
-import os
 import platform
 import zlib
 from pathlib import Path
@@ -77,7 +76,11 @@ def known(processes: int) -> list[ProcessFacts] | None:
 
 def disabled() -> bool:
     """Whether a process that this one knows of switches the kernel off."""
-    return any(p.disabled for p in _gathered) if _gathered is not None else _disabled_here()
+    return (
+        any(p.disabled for p in _gathered)
+        if _gathered is not None
+        else extension.is_set(DISABLE_VARIABLE)
+    )
 
 
 def own_facts() -> ProcessFacts:
@@ -89,12 +92,8 @@ def own_facts() -> ProcessFacts:
         built=extension.load() is not None,
         nvlinked=bool(peers) and all(all(row) for row in peers),
         visible_gpus=len(peers),
-        disabled=_disabled_here(),
+        disabled=extension.is_set(DISABLE_VARIABLE),
     )
-
-
-def _disabled_here() -> bool:
-    return os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0")
 
 
 @functools.cache

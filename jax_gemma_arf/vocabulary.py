@@ -1,8 +1,7 @@
-"""Embedding lookup and logits with the vocabulary split over ranks, inside ``jax.shard_map``.
+"""Embedding lookup with the vocabulary split over ranks, inside ``jax.shard_map``.
 
 Megatron-LM's vocabulary parallelism (arXiv:1909.08053, section 3): a rank looks up the rows that it
-holds and puts zeros for the others, and one all-reduce of the rows found completes the lookup. A
-rank computes the logits of its own rows, and keeps them.
+holds and puts zeros for the others, and one all-reduce of the rows found completes the lookup.
 """
 
 import jax

@@ -228,9 +228,8 @@ def test_scan_of_linen(mesh, block, options, check_vma):
 
 @pytest.mark.parametrize("op", OPS)
 def test_scan_that_drops_manual_axes(mesh, op):
-    """Flax's default traces the body again with types that the check refuses: it says what to pass.
-
-    With nothing between, so for every operation."""
+    """Flax's default traces the body again with types that every operation refuses; the error says
+    what to pass to nn.scan."""
     case = Case((3,), FEATURES, op=op, next_norms=int(op == "sandwich"))
 
     class Body(nn.Module):

@@ -164,28 +164,6 @@ def test_import_without_extension():
         assert result.stdout.count("\n") == 1
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
-@pytest.mark.parametrize("required", [False, True])
-def test_build_without_a_compiler(tmp_path, required):
-    """The build says what it lacked, and fails if the kernel is required."""
-    command = [
-        "cmake",
-        "-S",
-        str(ROOT),
-        "-B",
-        str(tmp_path),
-        f"-DPython_EXECUTABLE={sys.executable}",
-    ]
-    command.append(f"-DJAX_GEMMA_ARF_REQUIRE_KERNEL={'ON' if required else 'OFF'}")
-    environment = os.environ | {"CXX": str(tmp_path / "no-compiler")}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (result.returncode != 0) == required
-    if required:
-        assert "the kernel cannot be compiled" in result.stderr
-    else:
-        assert 'REASON = "no C++ compiler found"' in (tmp_path / "_not_built.py").read_text()
-
-
 def configure(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
     """Configures the build in folder."""
     cmake = shutil.which("cmake") or pytest.skip("needs cmake")
@@ -197,6 +175,18 @@ def configure(folder: Path, *options: str, **environment: str) -> subprocess.Com
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_build_without_a_compiler(tmp_path, required):
+    """The build says what it lacked, and fails if the kernel is required."""
+    option = f"-DJAX_GEMMA_ARF_REQUIRE_KERNEL={'ON' if required else 'OFF'}"
+    result = configure(tmp_path, option, CXX=str(tmp_path / "no-compiler"))
+    assert (result.returncode != 0) == required
+    if required:
+        assert "the kernel cannot be compiled" in result.stderr
+    else:
+        assert 'REASON = "no C++ compiler found"' in (tmp_path / "_not_built.py").read_text()
 
 
 NANOBIND = """

@@ -135,9 +135,8 @@ def test_meshes(axis_type, cpus):
     params = jax.device_put(host, param_shardings(model))
     assert off(gemma_models.prefill(model, params)["logits"], expected) < 2e-5
     assert off(gemma_models.cached_logits(model, params), expected) < 2e-5
-    one = gemma_models.apply(model)(
-        params, sizes.tokens()[:1]
-    )  # which the data axis does not divide
+    # The data axis does not divide a batch of one.
+    one = gemma_models.apply(model)(params, sizes.tokens()[:1])
     assert off(np.asarray(one.logits), expected[:1]) < 2e-5
     cache = model.init_cache(batch_size=2, dtype=jnp.float32, cache_length=8)
     assert cache["layer_0"]["k"].sharding.spec == P(("data",), None, ("tp",))

@@ -79,7 +79,7 @@ def test_graph_replay(tp, built, op, next_norms):
 @pytest.mark.parametrize("hidden", [2560, 16384], ids=["block", "cluster"])
 def test_calls_are_recorded(tp, built, tokens, hidden):
     """A call in a CUDA graph is a kernel node that the record handler makes, and updates when
-    buffers move: XLA captures nothing. The results are those of eager runs."""
+    buffers move: XLA captures nothing. Results equal the results of eager runs."""
     if not extension.RECORD:
         pytest.skip(f"needs {extension.RECORD_VARIABLE}=1")
     length = 4

@@ -230,7 +230,7 @@ def slow_producer(x: jax.Array, rounds: jax.Array) -> jax.Array:
 
 
 class Link(NamedTuple):
-    """What one link of a chain hands to the next. Each rank has partial sums of its own."""
+    """Values that one link of a chain hands to the next. Each rank has its own partial sums."""
 
     partial_sums: jax.Array  # [N, tokens, FEATURES]
     hidden: jax.Array  # [tokens, FEATURES]
@@ -254,7 +254,7 @@ def finish(where: Place, layer: Layer, link: Link) -> State:
 
 
 def consume(state: State) -> Link:
-    """What XLA launches right behind the tail; exact in bfloat16."""
+    """Runs right behind the tail, as kernels of XLA; exact in bfloat16."""
     return Link(-0.5 * state.normed, 0.5 * state.hidden)
 
 

@@ -264,22 +264,3 @@ def test_replica_groups():
         (cube, ("c", "a"), [[0, 4, 1, 5], [2, 6, 3, 7]]),
     ):
         np.testing.assert_array_equal(support.replica_groups(mesh, names), groups)
-
-
-@pytest.mark.parametrize("kind", [np.int64, np.int32, jnp.int32, int])
-def test_sizes_of_any_integer_type(kind):
-    """Shapes often come from np.prod or np.array(shape)."""
-    mesh = jax.sharding.AbstractMesh((2,), ("tp",))
-    shape = [kind(4), kind(5376)]
-    plain = fusion_support((4, 5376), jnp.bfloat16, mesh=mesh, axis_name="tp")
-    assert fusion_support(shape, jnp.bfloat16, mesh=mesh, axis_name="tp") == plain
-
-
-@pytest.mark.parametrize(
-    ("shape", "error", "message"),
-    [((-1, 5376), ValueError, "-1 is not inferred"), ((4.0, 5376), TypeError, r"got 4\.0 of type")],
-)
-def test_sizes_that_are_none(shape, error, message):
-    mesh = jax.sharding.AbstractMesh((2,), ("tp",))
-    with pytest.raises(error, match=message):
-        fusion_support(shape, jnp.bfloat16, mesh=mesh, axis_name="tp")

@@ -120,19 +120,21 @@ def _scale(params, name: str, like: jax.Array) -> jax.Array:
 
 def _norm_heads(heads: list[jax.Array], scales: list[jax.Array]) -> jax.Array:
     """Norms several arrays [B, 1, heads, H], each with its own scale, as one array."""
+    together = jnp.concatenate(heads, axis=2)
+    index = jnp.arange(together.shape[2])[:, None]
     scale, first = scales[0], 0
     for array, following in zip(heads, scales[1:]):
         first += array.shape[2]
-        later = jnp.arange(sum(a.shape[2] for a in heads))[:, None] >= first
-        scale = jnp.where(later, following, scale)
-    together = jnp.concatenate(heads, axis=2)
+        scale = jnp.where(index >= first, following, scale)
     scale = jnp.broadcast_to(scale, together.shape[2:])
     return jax.vmap(rmsnorm, in_axes=(2, 0), out_axes=2)(together, scale)
 
 
 def _rotate(attention, heads: jax.Array, positions: jax.Array) -> jax.Array:
-    options = {"base_frequency": attention.rope_base_frequency}
-    options["scale_factor"] = attention.rope_scale_factor
+    options = {
+        "base_frequency": attention.rope_base_frequency,
+        "scale_factor": attention.rope_scale_factor,
+    }
     if (proportion := getattr(attention, "rope_proportion", None)) is not None:
         options["rope_proportion"] = proportion
     return _positional_embeddings.apply_rope(heads, positions, **options)
@@ -140,7 +142,7 @@ def _rotate(attention, heads: jax.Array, positions: jax.Array) -> jax.Array:
 
 def _write_rows(cache: jax.Array, new: jax.Array, end_index: jax.Array) -> jax.Array:
     """Writes new, [B, 1, ...], into the cache, [B, S, ...], for each sequence at its own end."""
-    if len(new) == 1:
+    if len(new) == 1:  # XLA would read the row first, to check the bounds of a scatter
         return _write_slice(cache, new, end_index)
     index = end_index % cache.shape[1]
     return cache.at[jnp.arange(len(new)), index].set(

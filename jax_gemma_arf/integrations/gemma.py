@@ -237,39 +237,34 @@ def _subclass(cls: type) -> type:
             divides = batch % group_size(self.mesh, self.batch_axes) == 0
             return P(self.batch_axes if divides else None)
 
-        def cache_spec(self, path: tuple[str, ...], batch: int) -> P:
-            """Of the array at path in a cache: KV heads [B, S, K, H], positions or lengths."""
-            heads = (None, self.tp_axes) if path[-1] in ("k", "v") else ()
-            return P(*self.batch_spec(batch), *heads)
-
         def apply(self, variables, *args, **kwargs):
             _check_placement(self, variables.get("params", {}))
             return super().apply(variables, *args, **kwargs)
 
         def cache_shardings(self, cache: Any) -> Any:
             """Returns the shardings of a cache, given its arrays or their shapes."""
-            return jax.tree.map_with_path(
-                lambda path, a: NamedSharding(self.mesh, self.cache_spec(_keys(path), a.shape[0])),
-                cache,
-            )
 
+            def sharding(path, array):  # KV heads [B, S, K, H], positions or lengths
+                heads = (None, self.tp_axes) if path[-1].key in ("k", "v") else ()
+                return NamedSharding(self.mesh, P(*self.batch_spec(array.shape[0]), *heads))
+
+            return jax.tree.map_with_path(sharding, cache)
+
+        # Compiled, as the official one, so that no device ever holds the whole cache.
+        @functools.partial(
+            nn.jit, static_argnames=("self", "batch_size", "dtype", "cache_length", "sharding")
+        )
         def init_cache(self, *, batch_size, dtype, cache_length, sharding=None):
             """As the official one, with each KV head once for each rank that holds it."""
-
-            def make():
-                cache = self.config.init_cache(
-                    batch_size=batch_size, dtype=dtype, cache_length=cache_length
-                )
-                for layer in cache.values():
-                    copies = _copies(self, layer["k"].shape[2])
-                    for name in ("k", "v"):
-                        layer[name] = jnp.repeat(layer[name], copies, axis=2)
-                return cache
-
+            cache = self.config.init_cache(
+                batch_size=batch_size, dtype=dtype, cache_length=cache_length
+            )
+            for layer in cache.values():
+                copies = _copies(self, layer["k"].shape[2])
+                layer.update({name: jnp.repeat(layer[name], copies, axis=2) for name in ("k", "v")})
             if sharding is None:
-                sharding = self.cache_shardings(jax.eval_shape(make))
-            # Compiled, so that no device ever holds the whole cache.
-            return jax.jit(lambda: kd.sharding.with_sharding_constraint(make(), sharding))()
+                sharding = self.cache_shardings(cache)
+            return kd.sharding.with_sharding_constraint(cache, sharding)
 
         @functools.wraps(cls.__call__)
         def __call__(self, *args, **kwargs):
@@ -362,8 +357,7 @@ def _vocabulary_parallel(model, method, args, kwargs, context):
 
 def _per_layer_input(model, embedder, method, x, tokens, ignore_ple_tokens=False):
     """Computes the inputs of each layer of E2B and E4B, from x and from a table."""
-    single = x.shape[0] * x.shape[1] == 1  # as in _run_blocks
-    projected = method(_two_rows(x) if single else x, tokens, ignore_ple_tokens=True)[: len(x)]
+    projected = method(_at_least_two_rows(x), tokens, ignore_ple_tokens=True)[: len(x)]
     if ignore_ple_tokens:
         return projected
     tokens = jnp.where((tokens >= 0) & (tokens < embedder.vocab_size), tokens, 0)
@@ -389,8 +383,7 @@ def _logits_on_mesh(model, table, x):
     batch = model.batch_spec(x.shape[0])
 
     def logits(table, x):
-        padded = _two_rows(x) if x.size == x.shape[-1] else x  # as in _run_blocks
-        return jnp.dot(padded, table.T)[: len(x)]
+        return jnp.dot(_at_least_two_rows(x), table.T)[: len(x)]
 
     return jax.shard_map(
         logits,
@@ -405,9 +398,8 @@ def _run_blocks_on_mesh(model, inputs, cache):
     params = model.variables["params"]
     params = {key: params[key] for key in params if key.startswith(("layer_", "final_norm"))}
     _check_cache(model, cache)
-    size = inputs.embeddings.shape[0]
-    batch = model.batch_spec(size)
-    cache_specs = jax.tree.map_with_path(lambda path, _: model.cache_spec(_keys(path), size), cache)
+    batch = model.batch_spec(inputs.embeddings.shape[0])
+    cache_specs = jax.tree.map(lambda sharding: sharding.spec, model.cache_shardings(cache))
     in_specs = (
         jax.tree.map_with_path(lambda path, a: model.param_spec(_keys(path), a.shape), params),
         jax.tree.map(lambda _: batch, inputs),
@@ -475,6 +467,11 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
 def _two_rows(tree):
     """Repeats arrays with one row along their first axis."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape[1:])), tree)
+
+
+def _at_least_two_rows(x):
+    """Repeats the row of an array [..., D] that has one, for the reason given in _run_blocks."""
+    return _two_rows(x) if x.size == x.shape[-1] else x
 
 
 def _dense_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
