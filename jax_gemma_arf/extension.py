@@ -12,9 +12,9 @@ import jaxlib.version
 from jax_gemma_arf._version import __version__
 
 
-def is_set(variable: str) -> bool:
+def is_set(variable: str, *, default: bool = False) -> bool:
     """Returns whether a switch in the environment is on: set to anything but 0."""
-    return os.environ.get(variable, "0") not in ("", "0")
+    return os.environ.get(variable, str(int(default))) not in ("", "0")
 
 
 def _reason_of_the_build() -> str:
@@ -43,13 +43,13 @@ if _ffi is not None and _ffi.__version__ != __version__:
     )
 
 
-#: Set to 1 to launch kernels programmatically, as nodes of XLA's CUDA graphs instead of captured
-#: child graphs. Not the default before the stress runs have been made with it.
+#: Set to 0 to have XLA capture the kernels into child graphs of its CUDA graphs, and to launch none
+#: of them programmatically.
 RECORD_VARIABLE = "JAX_GEMMA_ARF_RECORD"
 
-#: Whether that is done. XLA's interface for it is under development, so a jaxlib newer than those
-#: tested captures.
-RECORD = is_set(RECORD_VARIABLE) and jaxlib.version.__version_info__ < (0, 13)
+#: Kernels are launched programmatically, as nodes of XLA's CUDA graphs. XLA's interface for it is
+#: under development, so a jaxlib newer than those tested captures.
+RECORD = is_set(RECORD_VARIABLE, default=True) and jaxlib.version.__version_info__ < (0, 13)
 
 # At import, not at the first lowering: a program that another process exported or compiled is never
 # lowered here. JAX keeps the registrations until its CUDA plugin is loaded.
