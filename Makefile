@@ -3,11 +3,11 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup build test demo generate bench bench-rivals lint wheel clean
+.PHONY: help setup build flashinfer test demo generate bench bench-rivals lint wheel clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | generate | test | bench | bench-rivals | setup | build | lint | wheel | clean"
+	@echo "make demo | generate | test | bench | bench-rivals | setup | build | flashinfer | lint | wheel | clean"
 
 # The package is installed editable: Python files are used in place, ffi/ is compiled again when it
 # changes.
@@ -15,7 +15,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.built: pyproject.toml CMakeLists.txt $(wildcard ffi/*) | $(BIN)/python
+$(VENV)/.built: pyproject.toml CMakeLists.txt $(wildcard ffi/* cmake/*) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@$(BIN)/python -m jax_gemma_arf --extension
 	@touch $@
@@ -30,6 +30,13 @@ setup: $(VENV)/.built
 build: $(BIN)/python
 	rm -f $(VENV)/.built
 	$(MAKE) setup
+
+# implementation="flashinfer" as well: FlashInfer's headers are downloaded unless they are installed.
+flashinfer: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable . \
+		--config-settings cmake.define.JAX_GEMMA_ARF_FLASHINFER=ON
+	@$(BIN)/python -m jax_gemma_arf --extension
+	@touch $(VENV)/.built
 
 test: $(VENV)/.extra-test build/cuda_plugin
 	$(BIN)/pytest
@@ -60,7 +67,7 @@ bench: $(VENV)/.extra-bench
 # FlashInfer's kernels, which op.py compares with; needs nvcc.
 bench-rivals: build/rivals/.built
 
-build/rivals/.built: $(wildcard bench/rivals/*) | $(BIN)/python
+build/rivals/.built: $(wildcard bench/rivals/* cmake/*) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/rivals ./bench/rivals
 	@touch $@
 
@@ -68,7 +75,7 @@ lint: $(VENV)/.extra-test
 	$(BIN)/python -m pip install --quiet --group dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard ffi/* bench/rivals/*.cc bench/rivals/*.cu bench/rivals/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard ffi/*.* ffi/flashinfer/* bench/rivals/*.cc bench/rivals/*.cu bench/rivals/*.h)
 	$(BIN)/pyright
 
 wheel: setup

@@ -22,6 +22,7 @@
 #include "errors.h"
 #include "file_exchange.h"
 #include "kernels.h"
+#include "launch_shape.h"
 #include "nccl_exchange.h"
 #include "watchdog.h"
 #include "workspace.h"
@@ -181,8 +182,9 @@ ErrorOr<std::unique_ptr<Call>> Instantiate(std::string_view algorithm, int64_t a
     return Invalid("max_ctas must be 0 or from " + std::to_string(kLeastCtas) + " to " +
                    std::to_string(kMaxCtas) + ", got " + std::to_string(max_ctas));
   }
-  if (branches < 1 || branches > kMaxBranches) {
-    return Invalid("branches must be 1 or 2, got " + std::to_string(branches));
+  if (branches < 1 || branches > kImplementation.max_branches) {
+    return Invalid("branches must be from 1 to " + std::to_string(kImplementation.max_branches) +
+                   ", got " + std::to_string(branches));
   }
   if (next_norms < 0 || next_norms > kMaxNextNorms) {
     return Invalid("next_norms must be from 0 to 3, got " + std::to_string(next_norms));
@@ -375,7 +377,8 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const ffi::Remai
   }
 
   // All blocks of all ranks on a device must be resident together: they wait for each other.
-  int max_ctas = std::min<int>(agreement->resident_ctas / ranks.size(), kMaxCtas);
+  int max_ctas =
+      std::min<int>(agreement->resident_ctas / ranks.size(), kImplementation.max_ctas);
   if (call.max_ctas > 0) max_ctas = std::min(max_ctas, call.max_ctas);
   if (max_ctas < kLeastCtas) {
     return Internal("the device holds " + std::to_string(agreement->resident_ctas) +
@@ -383,10 +386,9 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const ffi::Remai
                     " ranks of at least " + std::to_string(kLeastCtas));
   }
   KernelCode code = {};
-  if (const std::string failure =
-          Describe(FindCode(arguments->kind, &code), "finding the kernel's code");
-      !failure.empty()) {
-    return Internal(failure);
+  if (kImplementation.programmatic) {
+    const cudaError_t error = FindCode(arguments->kind, &code);
+    if (error != cudaSuccess) return Internal(Describe(error, "finding the kernel's code"));
   }
   const std::lock_guard<std::mutex> lock(call.mutex);
   if (call.ready.empty()) call.name = NameCall(Summary(call, *arguments));
@@ -549,7 +551,7 @@ Error Execute(cudaStream_t stream, int32_t device, Call* call, ffi::RemainingArg
     if (i > 0) error = cudaStreamWaitEvent(own, parts.fork);
     if (error == cudaSuccess && launch.rank != call->absent_rank) {
       // Ranks after the first follow an event.
-      error = Enqueue(launch, /*programmatic=*/use_record && i == 0, own);
+      error = Enqueue(launch, kImplementation.programmatic && use_record && i == 0, own);
       if (error == cudaSuccess) enqueued.fetch_add(1, std::memory_order_relaxed);
     }
     if (error == cudaSuccess && i > 0) error = cudaEventRecord(parts.joins[i - 1], own);
@@ -669,8 +671,6 @@ XLA_FFI_DEFINE_HANDLER(kRecordMesh, RecordMesh,
 
 std::atomic<bool> mesh_registered{false};
 
-constexpr char kMeshTarget[] = "jax_gemma_arf.tail";
-
 // Registers the mesh target with all five stages. Python cannot: PJRT's C API, which its
 // registrations pass through, has four (jaxlib 0.11.2, PJRT_Gpu_Register_Custom_Call_Args), and a
 // record handler is dropped without a word. XLA's own API takes it, and XLA hands that API to every
@@ -682,7 +682,8 @@ XLA_FFI_Error* RegisterMesh(XLA_FFI_CallFrame* frame) {
     const XLA_FFI_Handler_Bundle bundle = {kInstantiate, kPrepareMesh, kInitializeMesh, kExecute,
                                            use_record ? kRecordMesh : nullptr};
     XLA_FFI_Error* error =
-        ffi::Ffi::RegisterStaticHandler(frame->api, kMeshTarget, "CUDA", bundle, /*traits=*/0);
+        ffi::Ffi::RegisterStaticHandler(frame->api, kImplementation.mesh_target, "CUDA", bundle,
+                                        /*traits=*/0);
     if (error != nullptr) return error;
     mesh_registered = true;
   }
@@ -691,10 +692,15 @@ XLA_FFI_Error* RegisterMesh(XLA_FFI_CallFrame* frame) {
 
 }  // namespace
 
-const Target kTargets[2] = {
-    {"jax_gemma_arf.register_tail", nullptr, nullptr, nullptr, RegisterMesh},
-    {"jax_gemma_arf.loopback_tail", kInstantiateLoopback, nullptr, kInitializeLoopback, kExecute},
-};
+std::vector<Target> Targets() {
+  const Target mesh =
+      kImplementation.programmatic
+          ? Target{"jax_gemma_arf.register_tail", nullptr, nullptr, nullptr, RegisterMesh}
+          : Target{kImplementation.mesh_target, kInstantiate, kPrepareMesh, kInitializeMesh,
+                   kExecute};
+  return {mesh, Target{kImplementation.loopback_target, kInstantiateLoopback, nullptr,
+                       kInitializeLoopback, kExecute}};
+}
 
 void SetRecord(bool enabled) { use_record = enabled; }
 

@@ -19,17 +19,18 @@ struct Target {
   XLA_FFI_Handler* execute;
 };
 
-// "jax_gemma_arf.register_tail": not to be called; when it is registered, it registers
-// "jax_gemma_arf.tail" in the same runtime. That target runs one rank a device, over a mesh.
-// "jax_gemma_arf.loopback_tail": all ranks that this process holds on one device, on streams of
-// their own; partial sums and results have a leading axis of ranks.
-extern const Target kTargets[2];
+// The mesh target runs one rank a device. The loopback target runs all ranks that this process holds
+// on one device, on streams of their own; partial sums and results have a leading axis of ranks.
+// "jax_gemma_arf.register_tail", of a programmatic implementation, is not to be called; when it is
+// registered, it registers the mesh target in the same runtime.
+std::vector<Target> Targets();
 
-// Whether kernels are launched programmatically and "jax_gemma_arf.tail" gets a record handler. No
-// if never set; to be set before the registration of that target.
+// Whether kernels are launched programmatically and the mesh target gets a record handler, if the
+// implementation is programmatic. No if never set; to be set before the registration of that target.
 void SetRecord(bool enabled);
 
-// The stages that "jax_gemma_arf.tail" is registered with; none before a runtime has asked.
+// The stages that the register target has registered the mesh target with; none before a runtime
+// has asked.
 std::vector<std::string> MeshStages();
 
 // Launches of this process that Execute has enqueued or XLA has captured, and launches that Record

@@ -7,6 +7,7 @@
 
 #include "epilogue.cuh"
 #include "exchange.cuh"
+#include "launch_shape.h"
 
 // The kernels as nvcc embeds them in this object file: code for every architecture. nvcc declares
 // the same symbol behind this file; it is a local label of the assembler.
@@ -23,11 +24,6 @@ struct FatbinHeader {
   uint64_t bytes;  // of what follows the header
 };
 constexpr uint32_t kFatbinMagic = 0xba55ed50u;
-
-// 672 threads hold a bfloat16 row of 31B (D = 5376) in one block. They are 21 warps, six of them on
-// one quarter of a multiprocessor, whose 16384 registers give each thread 80: the limit that the
-// build sets (CMakeLists.txt), so that every instantiation can launch.
-constexpr int kMaxThreads = 672;
 
 // What one thread holds of the rows that its block (or cluster of blocks) works on.
 template <typename T>
@@ -250,33 +246,6 @@ __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
 
 namespace {
 
-// A row is 16 bytes a thread: one block if it fits, else a cluster of 2, 4 or 8. The choice depends
-// on hidden and the dtype alone, and with it the order of the float32 row sum.
-struct RowShape {
-  int threads;
-  int cluster;
-};
-
-RowShape ShapeOfRow(Dtype dtype, int hidden) {
-  const int threads = hidden * ItemSize(dtype) / kVectorBytes;
-  int cluster = 1;
-  while (threads / cluster > kMaxThreads) cluster *= 2;
-  return {threads / cluster, cluster};
-}
-
-// Shared memory of a block: the scales of its norms (Epilogue).
-int SharedBytes(const KernelKind& kind, int threads, int next_norms) {
-  const int scales = OwnScales(kind.branches) + next_norms;
-  return scales * threads * (kVectorBytes / ItemSize(kind.dtype)) * static_cast<int>(sizeof(float));
-}
-
-cudaLaunchAttribute ClusterAttribute(int cluster) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  return attribute;
-}
-
 cudaLaunchAttribute ProgrammaticAttribute() {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -290,6 +259,8 @@ const void* KernelAs(Algorithm algorithm) {
              ? reinterpret_cast<const void*>(FusedTailOneShot<T, kRanks, kBranches>)
              : reinterpret_cast<const void*>(FusedTailTwoShot<T, kRanks, kBranches>);
 }
+
+}  // namespace
 
 const void* KernelOf(const KernelKind& kind) {
   const auto branches = [&](auto t, auto ranks) {
@@ -312,16 +283,22 @@ const void* KernelOf(const KernelKind& kind) {
   }
 }
 
-}  // namespace
+const Implementation kImplementation = {
+    "jax_gemma_arf.tail", "jax_gemma_arf.loopback_tail",
+    "jax_gemma_arf.Call", /*programmatic=*/true,
+    /*slots_by_item_size=*/false, kMaxBranches,
+    kMaxCtas};
 
-Grid GridOf(const Launch& launch) {
-  const RowShape shape = ShapeOfRow(launch.kind.dtype, launch.hidden);
-  const bool one_shot = launch.kind.algorithm == Algorithm::kOneShot;
-  const int units =
-      one_shot ? launch.tokens : (launch.tokens + launch.kind.nranks - 1) / launch.kind.nranks;
-  return {std::min(units, launch.max_ctas / shape.cluster) * shape.cluster, shape.threads,
-          shape.cluster, SharedBytes(launch.kind, shape.threads, launch.tail.next_norms)};
+// One-shot keeps two messages of every rank; two-shot two messages and the finished rows.
+int64_t SlotBytes(const SlotSpec& spec) {
+  return (spec.algorithm == Algorithm::kOneShot ? 2 * spec.nranks : 3) * spec.capacity;
 }
+
+cudaError_t FillSlots(const SlotSpec& spec, char* slots, cudaStream_t stream) {
+  return cudaMemsetAsync(slots, kEmptyByte, SlotBytes(spec), stream);
+}
+
+cudaError_t ConnectSlots(const SlotSpec&, int, char* const*) { return cudaSuccess; }
 
 cudaError_t Enqueue(const Launch& launch, bool programmatic, cudaStream_t stream) {
   const Grid grid = GridOf(launch);
@@ -350,48 +327,6 @@ cudaError_t FindCode(const KernelKind& kind, KernelCode* code) {
   return error;
 }
 
-cudaError_t Preload() {
-  cudaError_t error = cudaSuccess;
-  for (const Algorithm algorithm : {Algorithm::kOneShot, Algorithm::kTwoShot}) {
-    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
-      for (const int nranks : {2, 4, 8}) {
-        for (const int branches : {1, 2}) {
-          if (error != cudaSuccess) return error;
-          const KernelKind kind{algorithm, dtype, nranks, branches};
-          // Setting an attribute loads the kernel.
-          error = cudaFuncSetAttribute(KernelOf(kind), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       SharedBytes(kind, kMaxThreads, kMaxNextNorms));
-        }
-      }
-    }
-  }
-  return error;
-}
-
-cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int next_norms, int* ctas) {
-  const RowShape shape = ShapeOfRow(kind.dtype, hidden);
-  const int shared = SharedBytes(kind, shape.threads, next_norms);
-  if (shape.cluster > 1) {
-    cudaLaunchAttribute cluster = ClusterAttribute(shape.cluster);
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(shape.cluster);
-    config.blockDim = dim3(shape.threads);
-    config.dynamicSmemBytes = shared;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(ctas, KernelOf(kind), &config);
-    *ctas *= shape.cluster;
-    return error;
-  }
-  int device = 0, multiprocessors = 0;
-  cudaError_t error =
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, KernelOf(kind), shape.threads, shared);
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  *ctas *= multiprocessors;
-  return error;
-}
+cudaError_t PreloadHelpers() { return cudaSuccess; }
 
 }  // namespace jax_gemma_arf

@@ -1,4 +1,7 @@
 // What the host code may ask of the kernels: what one rank's launch needs, and how it is shaped.
+//
+// Two implementations of this interface are built into extension modules of their own: kernels.cu,
+// and flashinfer/kernels.cu with FlashInfer's protocol. All other host code is the same.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -37,6 +40,18 @@ struct KernelKind {
 __host__ __device__ constexpr int OwnScales(int branches) {
   return branches == 1 ? 1 : 1 + branches;
 }
+
+// What an implementation is called, and what it can do.
+struct Implementation {
+  const char* mesh_target;      // names of the custom calls
+  const char* loopback_target;
+  const char* call_type;        // name of the FFI type of a call's state
+  bool programmatic;            // may be launched programmatically, and recorded into graphs
+  bool slots_by_item_size;      // a workspace serves partial sums of one element size alone
+  int max_branches;
+  int max_ctas;                 // of a rank
+};
+extern const Implementation kImplementation;
 
 struct Operand {
   const void* data = nullptr;
@@ -111,20 +126,27 @@ constexpr Failure DecodeFailure(uint64_t word) {
 // What fills a slot that nothing has arrived in: every bit set, a NaN in all three dtypes.
 inline constexpr int kEmptyByte = 0xff;
 
-// The grid of a launch. Depends on the shapes of the call and on max_ctas, not on its buffers.
-struct Grid {
-  int blocks;
-  int threads;  // of a block
-  int cluster;  // blocks of a cluster; 1: no clusters
-  int shared_bytes;
+// The slots of one rank's workspace: the memory that its peers write to.
+struct SlotSpec {
+  Algorithm algorithm;
+  int nranks;
+  int64_t capacity;  // bytes of the largest message
+  int item_size;     // bytes of an element; 0: slots serve all element sizes
 };
-Grid GridOf(const Launch& launch);
+
+int64_t SlotBytes(const SlotSpec& spec);
+
+// Enqueues what makes `slots` empty, on the device that holds them.
+cudaError_t FillSlots(const SlotSpec& spec, char* slots, cudaStream_t stream);
+
+// Tells this rank's slots where the slots of all ranks are, mapped here. Synchronises.
+cudaError_t ConnectSlots(const SlotSpec& spec, int rank, char* const* slots);
 
 // Enqueues exactly one kernel. Neither allocates nor synchronises, so it can be captured.
 // programmatic: the kernel may start before the kernel in front of it in the stream has ended.
 cudaError_t Enqueue(const Launch& launch, bool programmatic, cudaStream_t stream);
 
-// The code of one kernel, for a runtime that launches it itself: a Launch is the only argument.
+// The code of one kernel of a programmatic implementation, for a runtime that launches it itself: a Launch is the only argument.
 struct KernelCode {
   const char* name;   // mangled, in the image
   const void* image;  // fat binary of all kernels, for every architecture
@@ -133,12 +155,10 @@ struct KernelCode {
 };
 cudaError_t FindCode(const KernelKind& kind, KernelCode* code);
 
-// Loads every kernel of this library on the current device. CUDA otherwise loads a kernel at its
-// first launch, which can need a device on which a peer's kernel already waits (hazard 29).
-cudaError_t Preload();
+// The kernel of a kind: it takes a Launch, or what Enqueue makes of one.
+const void* KernelOf(const KernelKind& kind);
 
-// How many blocks of this kernel, for rows of `hidden` elements and so many next norms, the current
-// device holds at once.
-cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int next_norms, int* ctas);
+// Loads the kernels of this implementation on the current device, but for those of KernelOf.
+cudaError_t PreloadHelpers();
 
 }  // namespace jax_gemma_arf

@@ -25,7 +25,7 @@ nb::capsule Capsule(Pointer* pointer) {
 
 nb::dict Registrations() {
   nb::dict targets;
-  for (const Target& target : kTargets) {
+  for (const Target& target : Targets()) {
     nb::dict stages;
     const std::pair<const char*, XLA_FFI_Handler*> all[] = {{"instantiate", target.instantiate},
                                                             {"prepare", target.prepare},
@@ -44,7 +44,7 @@ nb::dict TypeRegistrations() {
   call["type_id"] = Capsule(CallTypeId());
   call["type_info"] = Capsule(CallTypeInfo());
   nb::dict types;
-  types["jax_gemma_arf.Call"] = call;
+  types[kImplementation.call_type] = call;
   return types;
 }
 
@@ -100,9 +100,12 @@ nb::list Workspaces() {
 }  // namespace
 }  // namespace jax_gemma_arf
 
-NB_MODULE(_ffi, module) {
+NB_MODULE(JAX_GEMMA_ARF_MODULE, module) {
   using namespace jax_gemma_arf;
   module.attr("__version__") = JAX_GEMMA_ARF_VERSION;
+#ifdef JAX_GEMMA_ARF_FLASHINFER_VERSION
+  module.attr("flashinfer_version") = JAX_GEMMA_ARF_FLASHINFER_VERSION;
+#endif
   module.attr("max_message_bytes") = kMaxMessageBytes;
   module.attr("max_one_shot_bytes") = kMaxOneShotBytes;
   module.def("registrations", &Registrations,

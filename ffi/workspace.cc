@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "errors.h"
+#include "launch_shape.h"
 #include "watchdog.h"
 
 namespace jax_gemma_arf {
@@ -118,15 +119,15 @@ int64_t CapacityFor(const CallShape& call) {
 }
 
 WorkspaceSpec::WorkspaceSpec(const KernelKind& kind, int64_t least_capacity)
-    : algorithm(kind.algorithm), nranks(kind.nranks), capacity(kSmallestCapacity) {
+    : SlotSpec{kind.algorithm, kind.nranks, kSmallestCapacity,
+               kImplementation.slots_by_item_size ? ItemSize(kind.dtype) : 0} {
   while (capacity < least_capacity) capacity *= 2;
 }
 
 WorkspaceLayout::WorkspaceLayout(const WorkspaceSpec& spec) {
-  const bool one_shot = spec.algorithm == Algorithm::kOneShot;
   front_guard = Align(sizeof(Control));
   slots = front_guard + Align(kGuardBytes);
-  back_guard = slots + Align((one_shot ? 2 * spec.nranks : 3) * spec.capacity);
+  back_guard = slots + Align(SlotBytes(spec));
   total = back_guard + Align(kGuardBytes);
 }
 
@@ -148,10 +149,7 @@ std::string RankWorkspace::Allocate(cudaStream_t stream) {
       error = cudaMemsetAsync(base_ + guard, kGuardByte, kGuardBytes, stream);
     }
   }
-  if (error == cudaSuccess) {
-    error =
-        cudaMemsetAsync(base_ + layout.slots, kEmptyByte, layout.back_guard - layout.slots, stream);
-  }
+  if (error == cudaSuccess) error = FillSlots(spec_, base_ + layout.slots, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
   return Describe(error, "initialising the workspace");
 }
@@ -175,6 +173,11 @@ std::string RankWorkspace::Connect(const std::vector<PeerRecord>& peers) {
       (void)cudaGetLastError();
     }
     peers_.slots[r] = static_cast<char*>(base) + layout.slots;
+  }
+  if (const std::string failure =
+          Describe(ConnectSlots(spec_, rank_, peers_.slots), "connecting the slots");
+      !failure.empty()) {
+    return failure;
   }
   name_ = peers[0].workspace;
   peers_.capacity = spec_.capacity;

@@ -39,15 +39,12 @@ struct CallShape {
 // two-shot, and the finished rows, which can have wider elements.
 int64_t CapacityFor(const CallShape& call);
 
-struct WorkspaceSpec {
-  Algorithm algorithm;
-  int nranks;
-  int64_t capacity;  // a power of two, so that few workspaces serve many sizes
-
+// The capacity is a power of two, so that few workspaces serve many sizes.
+struct WorkspaceSpec : SlotSpec {
   WorkspaceSpec(const KernelKind& kind, int64_t least_capacity);
 
-  using Key = std::tuple<Algorithm, int, int64_t>;
-  Key key() const { return {algorithm, nranks, capacity}; }
+  using Key = std::tuple<Algorithm, int, int64_t, int>;
+  Key key() const { return {algorithm, nranks, capacity, item_size}; }
 };
 
 // Byte offsets inside one rank's allocation. The only place that computes sizes.
@@ -56,7 +53,7 @@ struct WorkspaceLayout {
 
   int64_t control = 0;  // Control
   int64_t front_guard;  // kGuardBytes that nobody writes to
-  int64_t slots;        // see SlotMap in exchange.cuh
+  int64_t slots;        // SlotBytes
   int64_t back_guard;
   int64_t total;
 };

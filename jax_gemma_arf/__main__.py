@@ -20,6 +20,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     print(f"jax_gemma_arf {__version__}: {describe_extension()}")
+    print(f"implementation=\"flashinfer\": {describe_flashinfer()}")
     if not arguments.extension:
         print_devices()
         print_decisions()
@@ -32,6 +33,14 @@ def describe_extension() -> str:
         return f"runs as psum, {extension.why_missing()}"
     targets = ", ".join(built.registrations())
     return f"extension, handlers registered: {targets}"
+
+
+def describe_flashinfer() -> str:
+    """One line on FlashInfer's kernels."""
+    built = extension.load("flashinfer")
+    if built is None:
+        return f"not there, {extension.why_missing('flashinfer')}"
+    return f"there, of FlashInfer {built.flashinfer_version}"
 
 
 def print_devices() -> None:

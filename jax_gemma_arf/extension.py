@@ -1,4 +1,8 @@
-"""Loads the compiled part and registers its handlers with JAX."""
+"""Loads the compiled parts and registers their handlers with JAX.
+
+There are two: ``_ffi`` holds the kernels of this library (implementation "cuda"), ``_flashinfer``,
+which only some builds have, FlashInfer's kernels with the same epilogue ("flashinfer").
+"""
 
 import functools
 import importlib
@@ -25,22 +29,34 @@ def _reason_of_the_build() -> str:
         return "this is a source tree; install the package (pip install ., or make build)"
 
 
-try:
-    _ffi = importlib.import_module("jax_gemma_arf._ffi")
-except ImportError as error:
-    _ffi = None
-    _why_missing = (
-        f"the extension was not built: {_reason_of_the_build()}"
-        if isinstance(error, ModuleNotFoundError)
-        else f"the extension does not load: {error}"
-    )
+_BUILD_FLASHINFER = (
+    "FlashInfer's kernels were not built; in a checkout: make flashinfer, or "
+    "pip install . -C cmake.define.JAX_GEMMA_ARF_FLASHINFER=ON"
+)
+_modules: dict[str, types.ModuleType] = {}
+_why_missing: dict[str, str] = {}
 
-if _ffi is not None and _ffi.__version__ != __version__:
-    raise ImportError(
-        f"jax_gemma_arf is {__version__} but its compiled part was built for {_ffi.__version__}; "
-        "reinstall the package: pip install --force-reinstall --no-deps jax-gemma-arf "
-        "(in a checkout: make build)"
-    )
+
+def _import(implementation: str, name: str, not_built: str) -> None:
+    try:
+        module = importlib.import_module(f"jax_gemma_arf.{name}")
+    except ModuleNotFoundError:
+        _why_missing[implementation] = not_built
+        return
+    except ImportError as error:
+        _why_missing[implementation] = f"the extension {name} does not load: {error}"
+        return
+    if module.__version__ != __version__:
+        raise ImportError(
+            f"jax_gemma_arf is {__version__} but its compiled part {name} was built for "
+            f"{module.__version__}; reinstall the package: pip install --force-reinstall --no-deps "
+            "jax-gemma-arf (in a checkout: make build)"
+        )
+    _modules[implementation] = module
+
+
+_import("cuda", "_ffi", f"the extension was not built: {_reason_of_the_build()}")
+_import("flashinfer", "_flashinfer", _BUILD_FLASHINFER)
 
 
 #: Set to 0 to have XLA capture the kernels into child graphs of its CUDA graphs, and to launch none
@@ -53,22 +69,22 @@ RECORD = is_set(RECORD_VARIABLE, default=True) and jaxlib.version.__version_info
 
 # At import, not at the first lowering: a program that another process exported or compiled is never
 # lowered here. JAX keeps the registrations until its CUDA plugin is loaded.
-if _ffi is not None:
-    _ffi.set_record(RECORD)
-    for _name, _registration in _ffi.type_registrations().items():
+for _module in _modules.values():
+    _module.set_record(RECORD)
+    for _name, _registration in _module.type_registrations().items():
         jax.ffi.register_ffi_type(_name, _registration, platform="CUDA")
-    for _name, _stages in _ffi.registrations().items():
+    for _name, _stages in _module.registrations().items():
         jax.ffi.register_ffi_target(_name, _stages, platform="CUDA")
 
 
-def load() -> types.ModuleType | None:
-    """Returns the extension, or None if it was not built."""
-    return _ffi
+def load(implementation: str = "cuda") -> types.ModuleType | None:
+    """Returns the extension of an implementation, or None if it was not built."""
+    return _modules.get(implementation)
 
 
-def why_missing() -> str | None:
-    """Why there is no extension, or None if there is one."""
-    return None if _ffi is not None else _why_missing
+def why_missing(implementation: str = "cuda") -> str | None:
+    """Returns why an implementation has no extension, or None if it has one."""
+    return _why_missing.get(implementation)
 
 
 @functools.cache
@@ -87,7 +103,8 @@ def set_peer_timeout(seconds: float | None) -> None:
     A rank that ended, hangs or runs another program never comes. A kernel that gives up stops its
     GPU with an error, which the run that called it raises, and says on stderr which rank waited for
     which, in what call; the process must then be restarted. Kernels that are enqueued, or captured
-    into a CUDA graph, afterwards have the new bound. Without the extension it does nothing.
+    into a CUDA graph, afterwards have the new bound. Without the extension it does nothing, and
+    FlashInfer's kernels (implementation="flashinfer") wait without a bound.
 
     Args:
       seconds: more than any rank may be behind another, by writing a checkpoint or compiling
@@ -98,17 +115,22 @@ def set_peer_timeout(seconds: float | None) -> None:
     """
     if seconds is not None and not 1e-3 <= seconds <= 86400:
         raise ValueError(f"seconds must be None or from 0.001 to 86400, got {seconds}")
-    if _ffi is not None:
-        _ffi.set_timeout(0.0 if seconds is None else float(seconds))
+    for module in _modules.values():
+        module.set_timeout(0.0 if seconds is None else float(seconds))
 
 
 def workspaces() -> list[dict[str, Any]]:
     """The workspaces of this process: peer-mapped device memory, outside JAX's own pool.
 
     Returns:
-      One dict for each rank's part: device (CUDA ordinal), rank, nranks, algorithm, capacity (bytes
+      One dict for each rank's part: implementation ("cuda" or "flashinfer"), device (CUDA
+      ordinal), rank, nranks, algorithm, capacity (bytes
       of the largest message), bytes (of device memory), base (its address), and damage: "", or how
       the guard words around the slots were overwritten, by a stray write of some kernel. Reading
       them waits for the GPUs.
     """
-    return [] if _ffi is None else _ffi.workspaces()
+    return [
+        {"implementation": implementation, **part}
+        for implementation, module in _modules.items()
+        for part in module.workspaces()
+    ]

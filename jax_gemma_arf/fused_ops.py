@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from jax_gemma_arf import lowering
+from jax_gemma_arf import extension, lowering
 from jax_gemma_arf.reference import Operands
 from jax_gemma_arf.support import DTYPES, MAX_NEXT_NORMS, AxisName, axis_names, group_size
 
-Implementation = Literal["cuda", "xla"]
+Implementation = Literal["cuda", "flashinfer", "xla"]
 
 
 def fused_post_ff(
@@ -59,7 +59,9 @@ def fused_post_ff(
       scale_offset: 0.0 for Gemma 4; 1.0 for Gemma 2 and 3, whose checkpoints hold w for 1 + w.
       implementation: "cuda" for the kernel or an error that says why it cannot run; "xla" for psum
         and the tail; None for the kernel where it can run and psum elsewhere, as
-        :func:`jax_gemma_arf.fusion_support` tells.
+        :func:`jax_gemma_arf.fusion_support` tells. "flashinfer" for FlashInfer's all-reduce kernel
+        with the same epilogue, in builds that have it (docs/design.md): its waits for a peer have
+        no bound. It rounds where the kernel does, but takes a partial sum of -0.0 for 0.0.
 
     All operands are bfloat16, float16 or float32; float32 mixes with either of the others, but
     bfloat16 and float16 must not meet in one call.
@@ -69,8 +71,8 @@ def fused_post_ff(
 
     Raises:
       ValueError, TypeError: at trace time, naming the argument, what must hold, and what came.
-      NotImplementedError: when the call is lowered, if implementation is "cuda" and the kernel
-        cannot run.
+      NotImplementedError: when the call is lowered, if implementation is "cuda" or "flashinfer" and
+        that kernel cannot run.
     """
     operands = _operands((x,), (norm_scale,), jnp.asarray(residual), layer_scalar)
     (hidden,) = _fused(operands, axis_name, eps, scale_offset, implementation)
@@ -216,7 +218,8 @@ def fused_moe_tail(
       norm_scale: [D], replicated: of the post-norm of the branches' sum.
       layer_scalar: () or (1,), or None for 1.
       next_norm_scale: None, or as in fused_sandwich.
-      axis_name, eps, scale_offset, implementation: as in fused_post_ff, for all of the norms.
+      axis_name, eps, scale_offset, implementation: as in fused_post_ff, for all of the norms;
+        "flashinfer" is not there for this operation.
 
     Returns:
       hidden, or with next_norm_scale (hidden, normed) as in fused_sandwich: residual.dtype.
@@ -380,8 +383,13 @@ def _fused(
     eps, scale_offset = _check_number("eps", eps), _check_number("scale_offset", scale_offset)
     if eps <= 0:
         raise ValueError(f"eps must be positive in float32, got {eps}")
-    if implementation not in ("cuda", "xla", None):
-        raise ValueError(f'implementation must be "cuda", "xla" or None, got {implementation!r}')
+    if implementation not in ("cuda", "flashinfer", "xla", None):
+        raise ValueError(
+            'implementation must be "cuda", "flashinfer", "xla" or None, got '
+            f"{implementation!r}"
+        )
+    if implementation == "flashinfer":
+        _check_flashinfer(operands)
     check_operands(operands)
     names = _check_axis(axis_name)
     _check_replication(operands, names)
@@ -390,6 +398,17 @@ def _fused(
     if implementation == "xla" or 0 in operands.partial_sums[0].shape:
         return lowering.reference(options, operands)
     return lowering.fused_tail(options, operands)
+
+
+def _check_flashinfer(operands: Operands) -> None:
+    """Refuses at trace time what no machine could run."""
+    if len(operands.partial_sums) > 1:
+        raise NotImplementedError(
+            'implementation="flashinfer" is not there for fused_moe_tail: FlashInfer\'s kernels '
+            'reduce one message, and the two branches are normed apart; use "cuda" or None'
+        )
+    if missing := extension.why_missing("flashinfer"):
+        raise NotImplementedError(f'implementation="flashinfer": {missing}')
 
 
 def _operands(

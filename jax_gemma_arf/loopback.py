@@ -30,6 +30,7 @@ def loopback_tail(
     local_ranks: tuple[int, ...] | None = None,
     axis_size: int | None = None,
     rendezvous: str = "",
+    implementation: str = "cuda",
 ) -> tuple[jax.Array, ...]:
     """The kernel of any fused operation, all ranks on one CUDA device.
 
@@ -46,6 +47,7 @@ def loopback_tail(
       axis_size: with local_ranks, the number of ranks in all processes.
       rendezvous: with local_ranks, an empty directory, which all processes give alike, through
         which they exchange the addresses of their memory.
+      implementation: "cuda", or "flashinfer" for FlashInfer's kernels, which take one branch.
 
     Returns:
       hidden and the next norms, [N, ..., D] each, of operands.dtype: what each rank computed.
@@ -55,8 +57,10 @@ def loopback_tail(
         fit, or as the fused operations.
       NotImplementedError: if the extension was not built.
     """
-    if extension.load() is None:
-        raise NotImplementedError(f"loopback needs the extension: {extension.why_missing()}")
+    if extension.load(implementation) is None:
+        raise NotImplementedError(
+            f"loopback needs the extension: {extension.why_missing(implementation)}"
+        )
     shapes = [part.shape for part in operands.partial_sums]
     shape = shapes[0]
     _check_processes(local_ranks, axis_size, rendezvous)
@@ -75,7 +79,7 @@ def loopback_tail(
     check_operands(operands._replace(partial_sums=tuple(one_rank)))
     if algorithm is None:
         message_bytes = sum(math.prod(part.shape) * part.dtype.itemsize for part in one_rank)
-        algorithm = choose_algorithm(ranks, message_bytes)
+        algorithm = choose_algorithm(ranks, message_bytes, implementation)
     attributes = lowering.ffi_attributes(
         operands, algorithm, np.arange(ranks)[None], eps, scale_offset, max_ctas
     )
@@ -86,7 +90,8 @@ def loopback_tail(
     }
     result = jax.ShapeDtypeStruct(shape, operands.dtype)
     results = (result,) * (1 + len(operands.next_norm_scales))
-    call = jax.ffi.ffi_call(lowering.LOOPBACK_TARGET, results)
+    _, target = lowering.TARGETS[implementation]
+    call = jax.ffi.ffi_call(target, results)
     return tuple(call(*jax.tree.leaves(operands), **attributes))
 
 

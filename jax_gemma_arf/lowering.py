@@ -21,9 +21,16 @@ logger = logging.getLogger("jax_gemma_arf")
 
 MESH_TARGET = "jax_gemma_arf.tail"
 LOOPBACK_TARGET = "jax_gemma_arf.loopback_tail"
+#: The targets of each implementation, for a mesh and for loopback.
+TARGETS = {
+    "cuda": (MESH_TARGET, LOOPBACK_TARGET),
+    "flashinfer": ("jax_gemma_arf.flashinfer_tail", "jax_gemma_arf.flashinfer_loopback_tail"),
+}
 #: For ``jax.export.export(disabled_checks=...)``: JAX exports no custom call that it does not know
 #: unless told by name. The name and the attributes of the call may change with the version.
-DISABLED_EXPORT_CHECKS = [export.DisabledSafetyCheck.custom_call(MESH_TARGET)]
+DISABLED_EXPORT_CHECKS = [
+    export.DisabledSafetyCheck.custom_call(mesh_target) for mesh_target, _ in TARGETS.values()
+]
 
 # Operands: the leaves of an Operands. Parameters: tree, what its leaves are, and options. Results:
 # hidden and the next norms.
@@ -38,7 +45,7 @@ class Options:
     axis_name: tuple[str, ...]
     eps: float
     scale_offset: float
-    implementation: str | None  # "cuda" or None
+    implementation: str | None  # "cuda", "flashinfer" or None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -105,15 +112,15 @@ def _abstract_eval(*avals, **params):
 
 
 def _lower_to_reference(ctx, *leaves, reason: str, level: int, **params):
-    if params["options"].implementation == "cuda":
-        raise NotImplementedError(_refusal(reason))
+    if implementation := params["options"].implementation:
+        raise NotImplementedError(_refusal(implementation, reason))
     log_fallback(reason, level)
     function = functools.partial(_reference_of_leaves, **params)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
-def _refusal(reason: str) -> str:
-    return f'implementation="cuda" was asked for, but the kernel cannot run: {reason}'
+def _refusal(implementation: str, reason: str) -> str:
+    return f'implementation="{implementation}" was asked for, but the kernel cannot run: {reason}'
 
 
 _logged: set[str] = set()
@@ -157,6 +164,7 @@ def _cuda_lowering(ctx, *leaves, tree, options):
         client=client,
         branches=len(operands.partial_sums),
         manual_axes=context.manual_axes,
+        implementation=options.implementation or "cuda",
     )
     if decision.algorithm is None:
         level = logging.INFO if decision.deliberate else logging.WARNING
@@ -170,7 +178,8 @@ def _cuda_lowering(ctx, *leaves, tree, options):
         options.eps,
         options.scale_offset,
     )
-    return jax.ffi.ffi_lowering(MESH_TARGET)(ctx, *leaves, **attributes)
+    mesh_target, _ = TARGETS[options.implementation or "cuda"]
+    return jax.ffi.ffi_lowering(mesh_target)(ctx, *leaves, **attributes)
 
 
 mlir.register_lowering(tail_p, _default_lowering)
@@ -183,8 +192,8 @@ def _batch(leaves, dims, *, tree, options):
     operands, axes = tree.unflatten(leaves), tree.unflatten(dims)
     if jax.tree.leaves(axes._replace(partial_sums=(), residual=None)):
         reason = "a norm scale or layer_scalar has a vmapped axis"
-        if options.implementation == "cuda":
-            raise NotImplementedError(_refusal(reason))
+        if options.implementation:
+            raise NotImplementedError(_refusal(options.implementation, reason))
         log_fallback(reason)
         function = functools.partial(_reference_of_leaves, tree=tree, options=options)
         outs = jax.vmap(function, in_axes=tuple(dims))(*leaves)

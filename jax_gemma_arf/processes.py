@@ -30,6 +30,7 @@ class ProcessFacts:
     host: int  # the same for processes that run under one kernel
     version: int  # checksum of the package's
     built: int
+    flashinfer: int  # whether FlashInfer's kernels were built, too
     nvlinked: int  # whether all GPUs it sees reach each other over NVLink
     visible_gpus: int
     disabled: int
@@ -90,6 +91,7 @@ def own_facts() -> ProcessFacts:
         host=_checksum(_boot_id()),
         version=_checksum(__version__),
         built=extension.load() is not None,
+        flashinfer=extension.load("flashinfer") is not None,
         nvlinked=bool(peers) and all(all(row) for row in peers),
         visible_gpus=len(peers),
         disabled=extension.is_set(DISABLE_VARIABLE),

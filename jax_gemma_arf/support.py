@@ -32,6 +32,9 @@ MAX_MESSAGE_BYTES = 256 << 20
 #: two H100s. N = 4 and 8, not measured: where the bytes saved, at 320 GB/s, are worth the 1.7 us
 #: that the second wait costs at N = 2.
 ONE_SHOT_MAX_BYTES = {2: 2 << 20, 4: 384 << 10, 8: 128 << 10}
+#: The same for FlashInfer's kernels: the rule of its own Python side for bfloat16, cut to what a
+#: one-shot workspace may hold.
+FLASHINFER_ONE_SHOT_MAX_BYTES = {2: 64 << 20, 4: 8 << 20, 8: (42 << 20) // 16}
 #: Architectures that the extension holds code for: Hopper and datacenter Blackwell (B200, B300).
 COMPUTE_CAPABILITIES = ("9.0", "10.0", "10.3")
 
@@ -109,9 +112,10 @@ def replica_groups(mesh: AnyMesh, names: tuple[str, ...]) -> np.ndarray:
     return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, group_size(mesh, names))
 
 
-def choose_algorithm(ranks: int, message_bytes: int) -> str:
-    """The rule: one-shot up to ONE_SHOT_MAX_BYTES[ranks], two-shot above."""
-    return "one_shot" if message_bytes <= ONE_SHOT_MAX_BYTES[ranks] else "two_shot"
+def choose_algorithm(ranks: int, message_bytes: int, implementation: str = "cuda") -> str:
+    """Returns the algorithm: one-shot up to the limit of the implementation, two-shot above."""
+    limits = FLASHINFER_ONE_SHOT_MAX_BYTES if implementation == "flashinfer" else ONE_SHOT_MAX_BYTES
+    return "one_shot" if message_bytes <= limits[ranks] else "two_shot"
 
 
 def fusion_support(
@@ -121,6 +125,7 @@ def fusion_support(
     mesh: AnyMesh,
     axis_name: AxisName,
     branches: int = 1,
+    implementation: str | None = None,
 ) -> Support:
     """Why a fused operation will or will not run as the kernel.
 
@@ -131,13 +136,14 @@ def fusion_support(
       mesh: the mesh. An AbstractMesh has no devices, so only what is static is checked.
       axis_name: the mesh axis (or axes) of tensor parallelism.
       branches: how many partial sums the call reduces: 2 for fused_moe_tail, 1 for the others.
+      implementation: "cuda" or None for the kernels of this library, "flashinfer" for FlashInfer's.
 
     Returns:
       A Support, true if the kernel will run.
 
     Raises:
       ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis or a
-        negative size, or branches is neither 1 nor 2.
+        negative size, branches is neither 1 nor 2, or implementation is none of these.
       TypeError: if a size is neither an integer nor one of jax.export's symbolic dimensions.
     """
     shape = tuple(map(_size, x_shape))
@@ -147,9 +153,21 @@ def fusion_support(
         raise ValueError(f"x_shape must hold sizes of at least 0, got {shape}; -1 is not inferred")
     if branches not in (1, 2):
         raise ValueError(f"branches must be 1 or 2, got {branches!r}")
+    if implementation not in ("cuda", "flashinfer", None):
+        raise ValueError(
+            f'implementation must be "cuda", "flashinfer" or None, got {implementation!r}'
+        )
     client = mesh.devices.flat[0].client if isinstance(mesh, jax.sharding.Mesh) else None
     names = axis_names(axis_name, mesh)
-    return decide(shape, jnp.dtype(dtype), mesh=mesh, names=names, client=client, branches=branches)
+    return decide(
+        shape,
+        jnp.dtype(dtype),
+        mesh=mesh,
+        names=names,
+        client=client,
+        branches=branches,
+        implementation=implementation or "cuda",
+    )
 
 
 def _size(size: Any) -> Any:
@@ -173,6 +191,7 @@ def decide(
     client: object | None,
     branches: int = 1,
     manual_axes: frozenset[str] | None = None,
+    implementation: str = "cuda",
 ) -> Support:
     """:func:`fusion_support`, as the lowering asks it.
 
@@ -185,21 +204,24 @@ def decide(
         lowering for CUDA on a machine without it: then the devices are not checked.
       branches: as there.
       manual_axes: the mesh axes that are manual; None for all.
+      implementation: "cuda" or "flashinfer".
     """
     ranks = group_size(mesh, names)
     message = _Message(x_shape, dtype, branches)
     if reason := next(_nothing_to_gain(message, ranks), None):
         return Support(False, reason, deliberate=True)
     objections = itertools.chain(
-        _static_objections(message, ranks, names),
+        _static_objections(message, ranks, names, implementation),
         _mesh_objections(mesh, manual_axes),
-        _machine_objections(client),
-        _process_objections(client, mesh, names),
+        _machine_objections(client, implementation),
+        _process_objections(client, mesh, names, implementation),
     )
     if reason := next(objections, None):
         return Support(False, reason)
-    algorithm = choose_algorithm(ranks, message.bytes)
-    return Support(True, f"one {algorithm.replace('_', '-')} launch over {ranks} ranks", algorithm)
+    algorithm = choose_algorithm(ranks, message.bytes, implementation)
+    whose = " of FlashInfer's" if implementation == "flashinfer" else ""
+    launch = f"one {algorithm.replace('_', '-')} launch{whose} over {ranks} ranks"
+    return Support(True, launch, algorithm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +251,12 @@ def _nothing_to_gain(message: _Message, ranks: int) -> Iterator[str]:
         yield f"x of shape {message.shape} has no tokens"
 
 
-def _static_objections(message: _Message, ranks: int, names: tuple[str, ...]) -> Iterator[str]:
+def _static_objections(
+    message: _Message, ranks: int, names: tuple[str, ...], implementation: str
+) -> Iterator[str]:
     """What the kernel is not made for."""
+    if implementation == "flashinfer" and message.branches > 1:
+        yield "FlashInfer's kernels reduce one message, and fused_moe_tail has two"
     if ranks not in AXIS_SIZES:
         yield f"axis {_quoted(names)} must have 2, 4 or 8 ranks, got {ranks}"
     if message.dtype not in DTYPES:
@@ -259,9 +285,9 @@ def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Itera
         )
 
 
-def _machine_objections(client: object | None) -> Iterator[str]:
+def _machine_objections(client: object | None, implementation: str) -> Iterator[str]:
     """What speaks against it on these devices."""
-    missing = extension.why_missing()
+    missing = extension.why_missing(implementation)
     if missing is not None and (client is None or _compile_only(client)):
         yield missing
     if client is None:
@@ -284,7 +310,7 @@ def _compile_only(client: object) -> bool:
 
 
 def _process_objections(
-    client: object | None, mesh: AnyMesh, names: tuple[str, ...]
+    client: object | None, mesh: AnyMesh, names: tuple[str, ...], implementation: str
 ) -> Iterator[str]:
     """What speaks against it in any of the processes that hold the devices."""
     if client is None or _compile_only(client):
@@ -299,8 +325,9 @@ def _process_objections(
         return
     for index, process in enumerate(known):
         where = f" (process {index})" if len(known) > 1 else ""
-        if not process.built:
-            yield (extension.why_missing() or "the extension was not built") + where
+        if not (process.flashinfer if implementation == "flashinfer" else process.built):
+            missing = extension.why_missing(implementation)
+            yield (missing or "the extension was not built") + where
         if process.version != known[0].version:
             yield f"process {index} runs another version of jax_gemma_arf than process 0"
         needed = sum(known[owner].host == process.host for owner in owners)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from cases import Case, Inputs
+from cases import OPS, Case, Inputs
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -28,6 +28,8 @@ class Runner:
     # Whether the rank sum is float32, rounded once, rather than psum's.
     exact_sum: bool
     run: Callable[[Case, Inputs, list[jax.Device]], list[np.ndarray]]
+    ops: tuple[str, ...] = OPS
+    flashinfer: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}_{self.ranks}"
@@ -131,6 +133,32 @@ LOOPBACK = [
     )
     for n in (2, 4, 8)
     for algorithm in ("one_shot", "two_shot")
+]
+ONE_MESSAGE_OPS = tuple(op for op in OPS if op != "moe_tail")
+FLASHINFER = [
+    Runner(
+        f"loopback_flashinfer_{algorithm}",
+        n,
+        1,
+        True,
+        functools.partial(run_loopback, algorithm=algorithm, implementation="flashinfer"),
+        ONE_MESSAGE_OPS,
+        flashinfer=True,
+    )
+    for n in (2, 4, 8)
+    for algorithm in ("one_shot", "two_shot")
+]
+MULTI_GPU_FLASHINFER = [
+    Runner(
+        "multi_gpu_flashinfer",
+        n,
+        n,
+        True,
+        functools.partial(run_mesh, "flashinfer"),
+        ONE_MESSAGE_OPS,
+        flashinfer=True,
+    )
+    for n in (2, 4, 8)
 ]
 MULTI_GPU = [
     Runner("multi_gpu", n, n, True, functools.partial(run_mesh, "cuda")) for n in (2, 4, 8)

@@ -5,6 +5,7 @@ The ranks' kernels wait for each other, so they must run at the same time, as by
 --force-blocking-launches the first of them ends after the peer timeout.
 """
 
+import argparse
 import functools
 import os
 import time
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import F16, F32, Case, assert_matches, make_inputs
+from runners import ONE_MESSAGE_OPS
 
 import jax_gemma_arf as jga
 from jax_gemma_arf.loopback import loopback_tail
@@ -38,10 +40,11 @@ CASES = (
 )
 
 
-def check(case: Case, ranks: int, algorithm: str) -> None:
+def check(case: Case, ranks: int, algorithm: str, implementation: str) -> None:
     inputs = make_inputs(case, ranks)
     operands = jax.tree.map(jnp.asarray, Operands(*inputs))
-    call = jax.jit(functools.partial(loopback_tail, algorithm=algorithm, max_ctas=MAX_CTAS))
+    options = {"algorithm": algorithm, "max_ctas": MAX_CTAS, "implementation": implementation}
+    call = jax.jit(functools.partial(loopback_tail, **options))
     for _ in range(3):  # both generations of slots, and the first again
         outputs = [np.asarray(out) for out in call(operands)]
         for rank in range(ranks):
@@ -49,12 +52,18 @@ def check(case: Case, ranks: int, algorithm: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="A selection of calls for compute-sanitizer.")
+    parser.add_argument("--implementation", choices=("cuda", "flashinfer"), default="cuda")
+    implementation = parser.parse_args().implementation
+    cases = CASES
+    if implementation == "flashinfer":
+        cases = [case for case in CASES if case.op in ONE_MESSAGE_OPS]
     jga.set_peer_timeout(60)  # much longer than a checked kernel takes
     start = time.monotonic()
     for ranks in (2, 4):
         for algorithm in ("one_shot", "two_shot"):
-            for case in CASES:
-                check(case, ranks, algorithm)
+            for case in cases:
+                check(case, ranks, algorithm, implementation)
                 seconds = time.monotonic() - start
                 print(f"{seconds:5.1f} s: {ranks} ranks, {algorithm}, {case}: right", flush=True)
     assert {part["damage"] for part in jga.workspaces()} == {""}

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import BF16, F16, F32, GEMMA_HIDDEN, OPS, Case, Inputs, assert_matches, make_inputs
 from jax.sharding import PartitionSpec as P
-from runners import call_op, in_specs, make_mesh
+from runners import ONE_MESSAGE_OPS, call_op, in_specs, make_mesh
 from tqdm import tqdm
 
 import jax_gemma_arf as jga
@@ -46,8 +46,8 @@ class Call:
         return f"{self.algorithm} {self.case} (seed {self.case.seed})"
 
 
-def random_call(rng: np.random.Generator) -> Call:
-    op = str(rng.choice(OPS))
+def random_call(rng: np.random.Generator, ops: tuple[str, ...]) -> Call:
+    op = str(rng.choice(ops))
     least = {"sandwich": 1, "moe_tail": 0}.get(op)
     half = [BF16, F16][rng.integers(2)]
     dtype, residual_dtype, scale_dtype = ([half, half, F32][i] for i in rng.integers(3, size=3))
@@ -78,8 +78,11 @@ def make_sets(case: Case, ranks: int) -> list[Inputs]:
 class Backend:
     """Where a program runs: all ranks on one device, or a mesh with one on each."""
 
-    def __init__(self, ranks: int, mesh: jax.sharding.Mesh | None, seed: int):
-        self.ranks, self.mesh = ranks, mesh
+    def __init__(
+        self, ranks: int, mesh: jax.sharding.Mesh | None, seed: int, implementation: str = "cuda"
+    ):
+        self.ranks, self.mesh, self.implementation = ranks, mesh, implementation
+        self.ops = ONE_MESSAGE_OPS if implementation == "flashinfer" else OPS
         self.on_gpus = mesh is None or mesh.devices.flat[0].platform == "gpu"
         self._algorithms = np.random.default_rng(seed)
 
@@ -88,9 +91,10 @@ class Backend:
         case = call.case
         options = {"eps": case.eps, "scale_offset": case.scale_offset}
         if self.mesh is None:
-            return loopback_tail(Operands(*inputs), algorithm=call.algorithm, **options)
+            options |= {"algorithm": call.algorithm, "implementation": self.implementation}
+            return loopback_tail(Operands(*inputs), **options)
         inputs = inputs._replace(partial_sums=tuple(x[0] for x in inputs.partial_sums))
-        options["implementation"] = "cuda" if self.on_gpus else None
+        options["implementation"] = self.implementation if self.on_gpus else None
         return call_op(case, inputs, axis_name="tp", **options)
 
     def jit(self, function: Callable, in_specs, out_specs, *, graphs: bool) -> Callable:
@@ -105,7 +109,7 @@ class Backend:
     def random_algorithms(self):
         """A mesh's lowerings choose at random rather than by size."""
 
-        def choose(ranks: int, message_bytes: int) -> str:
+        def choose(ranks: int, message_bytes: int, implementation: str) -> str:
             return str(self._algorithms.choice(["one_shot", "two_shot"]))
 
         return mock.patch.object(support, "choose_algorithm", choose)
@@ -153,7 +157,7 @@ class Program:
         cases: int,
         graphs: bool,
     ):
-        self.calls = [random_call(rng) for _ in range(cases)]
+        self.calls = [random_call(rng, backend.ops) for _ in range(cases)]
         pairs = [(case, first) for case in range(cases) for first in range(SETS)]
         order = [pairs[i] for i in rng.permutation(len(pairs))]
         sets = [make_sets(call.case, backend.ranks) for call in self.calls]
@@ -235,6 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=int, help="2, 4 or 8; with --mesh all devices by default")
     parser.add_argument("--mesh", action="store_true", help="one rank a device")
+    parser.add_argument("--implementation", choices=("cuda", "flashinfer"), default="cuda")
     parser.add_argument("--calls", type=int, default=1_000_000, help="at least so many, or ...")
     parser.add_argument("--seconds", type=float, default=600.0, help="... for so long")
     parser.add_argument("--seed", type=int, default=0)
@@ -253,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         ranks = options.ranks or len(devices)
         mesh = make_mesh((ranks,), ("tp",), devices[:ranks])
     rng = np.random.default_rng(options.seed)
-    backend = Backend(ranks, mesh, options.seed)
+    backend = Backend(ranks, mesh, options.seed, options.implementation)
     programs = [
         Program(backend, rng, cases=options.cases, graphs=i % 2 == 0)
         for i in tqdm(range(options.programs), desc="warm-up", unit="program")

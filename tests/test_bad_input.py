@@ -134,7 +134,7 @@ BAD = {
     "implementation": (
         {"implementation": "triton"},
         ValueError,
-        'implementation must be "cuda", "xla" or None, got \'triton\'',
+        'implementation must be "cuda", "flashinfer", "xla" or None, got \'triton\'',
     ),
 }
 

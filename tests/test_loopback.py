@@ -245,7 +245,7 @@ GOOD_ATTRIBUTES = lowering.ffi_attributes(
         ({"replica_groups": np.arange(3)}, "whole groups of 2, got 3 ids"),
         ({"eps": np.float32(-1)}, "eps must be positive"),
         ({"max_ctas": np.int64(4)}, "max_ctas must be 0 or from 8 to 1024, got 4"),
-        ({"branches": np.int64(3)}, "branches must be 1 or 2, got 3"),
+        ({"branches": np.int64(3)}, "branches must be from 1 to 2, got 3"),
         ({"next_norms": np.int64(4)}, "next_norms must be from 0 to 3, got 4"),
         ({"absent_rank": np.int64(2)}, "absent_rank must be -1 or from 0 to 1, got 2"),
         ({"local_ranks": np.arange(1)}, "this process must hold all 2 ranks, got 1"),

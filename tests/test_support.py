@@ -37,9 +37,9 @@ class FakeClient:
 def nvlinked(monkeypatch):
     """An extension that finds all devices linked; settable to not."""
     fake = types.SimpleNamespace(linked=True)
-    monkeypatch.setattr(extension, "load", lambda: fake)
+    monkeypatch.setattr(extension, "load", lambda *_: fake)
     monkeypatch.setattr(extension, "nvlink_peers", lambda: [[True] * 4, *[[fake.linked] * 4] * 3])
-    monkeypatch.setattr(extension, "why_missing", lambda: None)
+    monkeypatch.setattr(extension, "why_missing", lambda *_: None)
     return fake
 
 
@@ -120,8 +120,8 @@ def test_cpu_platform(mesh):
 
 
 def test_not_built(monkeypatch):
-    monkeypatch.setattr(extension, "load", lambda: None)
-    monkeypatch.setattr(extension, "why_missing", lambda: "the extension was not built (no nvcc)")
+    monkeypatch.setattr(extension, "load", lambda *_: None)
+    monkeypatch.setattr(extension, "why_missing", lambda *_: "the extension was not built (no nvcc)")
     assert decide().reason == "the extension was not built (no nvcc)"
     assert decide(client=None).reason == "the extension was not built (no nvcc)"
 
@@ -151,7 +151,7 @@ def test_the_driver_is_asked_once(monkeypatch):
     """However many calls are lowered; the switch is read for each."""
     answers = iter([[[True, False], [False, True]]])
     fake = types.SimpleNamespace(nvlink_peers=lambda: next(answers))
-    monkeypatch.setattr(extension, "load", lambda: fake)
+    monkeypatch.setattr(extension, "load", lambda *_: fake)
     uncached = extension.nvlink_peers.__wrapped__
     monkeypatch.setattr(extension, "nvlink_peers", functools.cache(uncached))
     for switch in ("0", "1", "0"):
@@ -160,7 +160,7 @@ def test_the_driver_is_asked_once(monkeypatch):
         assert (facts.visible_gpus, facts.nvlinked, facts.disabled) == (2, False, switch == "1")
 
 
-FACTS = processes.ProcessFacts(1, 7, built=1, nvlinked=1, visible_gpus=4, disabled=0)
+FACTS = processes.ProcessFacts(1, 7, built=1, flashinfer=1, nvlinked=1, visible_gpus=4, disabled=0)
 
 
 def gathered(monkeypatch, *facts):

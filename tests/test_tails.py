@@ -21,17 +21,27 @@ from cases import (
     outputs_of,
     rank_sum,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from runners import LOOPBACK, MULTI_GPU, XLA, Runner
+from runners import FLASHINFER, LOOPBACK, MULTI_GPU, MULTI_GPU_FLASHINFER, XLA, Runner
+
+from jax_gemma_arf import extension
 
 
-@pytest.fixture(params=[*XLA, *LOOPBACK, *MULTI_GPU], ids=str)
+@pytest.fixture(params=[*XLA, *LOOPBACK, *MULTI_GPU, *FLASHINFER, *MULTI_GPU_FLASHINFER], ids=str)
 def runner(request, cpus, require_gpus):
     """An implementation, bound to its devices; skipped where they are not there."""
     chosen: Runner = request.param
+    if chosen.flashinfer and extension.load("flashinfer") is None:
+        pytest.skip(f"needs a build with FlashInfer: {extension.why_missing('flashinfer')}")
     devices = require_gpus(chosen.gpus) if chosen.gpus else cpus[: chosen.ranks]
-    return dataclasses.replace(chosen, run=lambda case, inputs: chosen.run(case, inputs, devices))
+
+    def run(case, inputs):
+        if case.op not in chosen.ops:
+            pytest.skip(f"{chosen} has no {case.op}")
+        return chosen.run(case, inputs, devices)
+
+    return dataclasses.replace(chosen, run=run)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -119,6 +129,24 @@ def test_loopback_algorithms_agree_bit_for_bit(ranks, op, require_gpus):
             assert_same_bits(*pair)
 
 
+@pytest.mark.parametrize("op", FLASHINFER[0].ops)
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_loopback_flashinfer_agrees_bit_for_bit(ranks, op, require_gpus):
+    """Both implementations have the same epilogue and add the ranks in the same order. Sums of zero
+    aside, whose sign FlashInfer drops, all four kernels compute the same bits."""
+    if extension.load("flashinfer") is None:
+        pytest.skip(f"needs a build with FlashInfer: {extension.why_missing('flashinfer')}")
+    devices = require_gpus(1)
+    ours, *theirs = (one for one in (*LOOPBACK, *FLASHINFER) if one.ranks == ranks)
+    for leading, hidden, dtype in (((37,), 5376, BF16), ((5,), 5376, F32), ((9,), 640, F16)):
+        case = Case(leading, hidden, dtype, op=op, next_norms=int(op == "sandwich"))
+        inputs = make_inputs(case, ranks)
+        expected = ours.run(case, inputs, devices)
+        for other in theirs:
+            for pair in zip(expected, other.run(case, inputs, devices), strict=True):
+                assert_same_bits(*pair)
+
+
 @pytest.mark.parametrize("layer_scalar", [(), None], ids=["scalar", "no_scalar"])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 @pytest.mark.parametrize("op", OPS)
@@ -180,6 +208,7 @@ def cases_with(half):
 )
 @given(st.sampled_from([BF16, F16]).flatmap(cases_with))
 def test_any_shape(runner, case):
+    assume(case.op in runner.ops)
     inputs = make_inputs(case, runner.ranks)
     outputs = [out[0] for out in runner.run(case, inputs)]
     assert_matches(case, inputs, outputs, exact_sum=runner.exact_sum)

@@ -2,6 +2,9 @@
 # the pinned version, else that wheel, downloaded with its hash checked and without its dependencies
 # (no torch), of which include/ and spdlog/ are unpacked. Sets FLASHINFER_INCLUDE_DIRS, and
 # FLASHINFER_BUILT_WITH for the report.
+set(FLASHINFER_VERSION "0.7.2.post1")
+set(FLASHINFER_INCLUDE_DIR "" CACHE PATH
+    "FlashInfer's include folder; default: an installed flashinfer-python, else its pinned wheel")
 set(flashinfer_header "flashinfer/comm/trtllm_allreduce_fusion.cuh")
 set(FLASHINFER_SHA256 bfdc18b9e1e4d8d0730fe4343dc0e284cd0c160086de80f99888bc4867922d49)
 
