@@ -1,6 +1,7 @@
 """Times the fused operations against every rival, over Gemma 4's widths and many token counts.
 
 Rivals: psum + tail as XLA compiles it, under each of common.FLAG_SETS in a process of its own;
+FlashInfer's kernels with our epilogue (implementation="flashinfer", where it was built);
 FlashInfer's fused all-reduce + norm with the rest of the tail in XLA (this project's first design);
 and two floors, FlashInfer's all-reduce alone and the wire: pushing the bytes that any all-reduce
 must send, both ways at once. Not here: a Pallas multimem all-reduce, since NVLink multicast, on
@@ -166,9 +167,16 @@ OPERANDS = {
 }
 
 
-def loopback_call(op: str, *arrays, algorithm: str | None = None, **next_norm):
+def loopback_call(
+    op: str,
+    *arrays,
+    algorithm: str | None = None,
+    implementation: str = "cuda",
+    **next_norm,
+):
     """A fused operation with the partial sums of all ranks, [N, tokens, D], on one GPU."""
-    results = loopback_tail(OPERANDS[op](*arrays, **next_norm), algorithm=algorithm)
+    options = {"algorithm": algorithm, "implementation": implementation}
+    results = loopback_tail(OPERANDS[op](*arrays, **next_norm), **options)
     hidden, *normed = results
     return results if normed else hidden
 
@@ -284,6 +292,10 @@ class Bench:
         call = getattr(jga, f"fused_{op}")
         return functools.partial(call, axis_name="tp", implementation="cuda")
 
+    def has_flashinfer(self, config: Config) -> bool:
+        """Returns whether FlashInfer's kernels were built and have the operation."""
+        return config.op != "moe_tail" and extension.load("flashinfer") is not None
+
     def contenders(self, config: Config) -> Iterator[Contender]:
         """In the order in which they are timed; the second time around comes by itself."""
         if config.op == "second_norm":
@@ -298,6 +310,9 @@ class Bench:
         if self.mode == "loopback":
             yield Contender("sum", chain(link, oracle), want)
             yield Contender("fused", chain(link, fused), want)
+            if self.has_flashinfer(config):
+                by_flashinfer = functools.partial(fused, implementation="flashinfer")
+                yield Contender("fused flashinfer", chain(link, by_flashinfer), want)
             for algorithm in self.algorithms:
                 forced = functools.partial(fused, algorithm=algorithm)
                 yield Contender(f"fused {algorithm}", chain(link, forced), want)
@@ -307,6 +322,9 @@ class Bench:
             if self.mode == "cpu" or self.flag_set != "A":
                 return
             yield Contender("fused", chain(link, fused), want)
+            if self.has_flashinfer(config):
+                by_flashinfer = functools.partial(fused, implementation="flashinfer")
+                yield Contender("fused flashinfer", chain(link, by_flashinfer), want)
             for name in self.algorithms:
                 force = functools.partial(
                     mock.patch.object, support, "choose_algorithm", lambda *_, name=name: name
@@ -526,6 +544,7 @@ def work(arguments: argparse.Namespace) -> None:
         "device": bench.mesh.devices.flat[0].device_kind,
         "timings": sum(len(line) + len(bench.again(line)) for line in names),
         "extension": extension.why_missing() or "built",
+        "flashinfer": getattr(extension.load("flashinfer"), "flashinfer_version", None),
         "rivals": bench.rivals,
     }
     common.emit({"facts": facts})

@@ -37,6 +37,7 @@ LABELS = {
     "psum": "psum + tail",
     "sum": "sum + tail, no collective",
     "fused": "fused",
+    "fused flashinfer": "fused, FlashInfer's kernel",
     "flashinfer norm + tail": "FlashInfer norm + XLA tail",
     "flashinfer all-reduce": "FlashInfer all-reduce",
     "wire": "wire",
@@ -127,8 +128,8 @@ def op_markdown(record: Record) -> str:
         lines = {tokens: best(line, "wall_us") for tokens, line in by_tokens.items()}
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
         base = "sum" if "sum" in names else "psum"
-        fused = [name for name in names if name == "fused"]
-        derived = [f"{base} / {name}" for name in fused]
+        fused = [name for name in names if name in ("fused", "fused flashinfer")]
+        derived = [f"{base} / {LABELS[name]}" for name in fused]
         if op == "second_norm":
             derived = ["second norm: fused_sandwich - fused_post_ff"]
         wall, kernel = [], []
