@@ -9,6 +9,7 @@ from jax_gemma_arf.fused_ops import fused_moe_tail as fused_moe_tail
 from jax_gemma_arf.fused_ops import fused_post_ff as fused_post_ff
 from jax_gemma_arf.fused_ops import fused_sandwich as fused_sandwich
 from jax_gemma_arf.lowering import DISABLED_EXPORT_CHECKS as DISABLED_EXPORT_CHECKS
+from jax_gemma_arf.lowering import SAVED_SUMS as SAVED_SUMS
 from jax_gemma_arf.processes import initialize as initialize
 from jax_gemma_arf.reference import reference_post_ff as reference_post_ff
 from jax_gemma_arf.support import Support as Support
