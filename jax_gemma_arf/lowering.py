@@ -207,8 +207,8 @@ def _cuda_lowering(ctx, *leaves, tree, options):
     return jax.ffi.ffi_lowering(MESH_TARGET)(ctx, *leaves, **attributes)
 
 
-# A norm that changes nothing. Next to this eps no mean of squares counts while |x| < 2**50, so every
-# row is divided by 2**63. The scale multiplies by as much. Powers of two round nothing.
+# A norm that changes nothing. Next to this eps no mean of squares counts while |x| < 2**50, so rows
+# are divided by 2**63. The scale multiplies by as much. Powers of two round nothing.
 SUM_EPS, SUM_SCALE = 2.0**126, 2.0**63
 
 
