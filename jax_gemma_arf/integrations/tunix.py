@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_gemma_arf.fused_ops import Implementation
 from jax_gemma_arf.lowering import SAVED_SUMS
+from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.row_parallel import Projection, row_parallel_moe_tail, row_parallel_post_ff
 from jax_gemma_arf.support import axis_names, group_size
 
@@ -200,12 +201,25 @@ def _tail(
     )
 
 
+def _pre_norm(site: _Site, layer: Any, x: jax.Array) -> jax.Array:
+    """Computes the norm that a layer begins with. From a scale that lies sharded the compiler would
+    make rows that are sharded alike, and gather those."""
+    scale = jax.lax.with_sharding_constraint(
+        layer.pre_attention_norm.scale.value, jax.NamedSharding(site.mesh, P())
+    )
+    return rmsnorm(x, scale, scale_offset=_scale_offset(layer))
+
+
+def _scale_offset(layer: Any) -> float:
+    return 1.0 if isinstance(layer, _gemma3.DecoderLayer) else 0.0
+
+
 def _options(site: _Site, layer: Any, residual: jax.Array) -> dict[str, Any]:
     return {
         "mesh": site.mesh,
         "axis_name": site.axis_name,
         "token_spec": _token_spec(site, layer.config.shd_config.act_btd, residual.shape),
-        "scale_offset": 1.0 if isinstance(layer, _gemma3.DecoderLayer) else 0.0,
+        "scale_offset": _scale_offset(layer),
         "implementation": site.implementation,
     }
 
@@ -232,7 +246,7 @@ def _remat(layer: Any, half: Any) -> Any:
 @functools.cache
 def _gemma3_layer(kind: type, site: _Site) -> type:
     def attend(self, x, *arguments):
-        cache, heads = self.attn.block(self.pre_attention_norm(x), *arguments)
+        cache, heads = self.attn.block(_pre_norm(site, self, x), *arguments)
         hidden, normed = _tail(
             site,
             self,
@@ -260,7 +274,7 @@ def _gemma3_layer(kind: type, site: _Site) -> type:
 @functools.cache
 def _gemma4_layer(kind: type, site: _Site) -> type:
     def attend(self, x, *arguments):
-        norm = self.pre_attention_norm(x)
+        norm = _pre_norm(site, self, x).astype(self.config.dtype)
         cache, heads, kv = self.attn.block(norm, *arguments)
         following = (self.pre_ffw_norm.scale.value,)
         if self.config.enable_moe:
