@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from jax_gemma_arf import extension, lowering
 from jax_gemma_arf.reference import Operands
-from jax_gemma_arf.support import DTYPES, MAX_NEXT_NORMS, AxisName, axis_names, group_size
+from jax_gemma_arf.support import DTYPES, MAX_NEXT_NORMS, AxisName, axis_names
 
 Implementation = Literal["cuda", "flashinfer", "xla"]
 
@@ -45,8 +45,10 @@ def fused_post_ff(
     the residual nearly cancel. The kernel's result for a token depends on neither the other tokens
     of the call nor their number.
 
-    Differentiable in reverse mode (the derivative is that of the psum implementation), and works
-    under jit, scan, while_loop, remat and vmap, with check_vma on or off.
+    Differentiable in reverse mode, and works under jit, scan, while_loop, remat and vmap, with
+    check_vma on or off. Under differentiation the kernel only reduces, and XLA computes the norm
+    and the rest, since the backward pass reads the reduced row. The backward pass does not repeat
+    the all-reduce; under jax.checkpoint, save ``jax_gemma_arf.SAVED_SUMS`` by name for that.
 
     Args:
       x: [..., D], bfloat16, float16 or float32: this rank's partial sums (varying, or unreduced,
@@ -237,141 +239,6 @@ def fused_moe_tail(
     return hidden, _like(next_norm_scale, normed)
 
 
-def down_proj_post_ff(
-    activations: jax.Array,
-    w_down: jax.Array,
-    residual: jax.Array,
-    norm_scale: jax.Array,
-    layer_scalar: jax.Array | float | None = None,
-    *,
-    mesh: jax.sharding.Mesh,
-    axis_name: AxisName,
-    token_spec: PartitionSpec | None = None,
-    eps: float = 1e-6,
-    scale_offset: float = 0.0,
-    implementation: Implementation | None = None,
-) -> jax.Array:
-    """Down-projection and :func:`fused_post_ff`, for code that is not inside ``jax.shard_map``.
-
-    Opens a shard_map over all axes of the mesh (on a partly manual one XLA gathers the operands of
-    a custom call over the others), multiplies this rank's slices, and reduces in the fused tail.
-
-    Args:
-      activations: [..., F], sharded over axis_name along F.
-      w_down: [F, D], sharded over axis_name along F.
-      residual: [..., D], replicated over axis_name.
-      norm_scale: [D].
-      layer_scalar: () or (1,), or None for 1.
-      mesh: the mesh.
-      axis_name: its axis (or axes) of tensor parallelism.
-      token_spec: how the leading axes of activations and residual are sharded over the other axes
-        of the mesh, such as P("data"). None: as residual's type says if the mesh is Explicit, else
-        not at all; operands that are sharded otherwise are gathered.
-      eps, scale_offset, implementation: as in fused_post_ff.
-
-    Returns:
-      [..., D], residual.dtype, sharded as residual.
-
-    Raises:
-      ValueError, TypeError: at trace time, as fused_post_ff; also if the axis does not divide F.
-    """
-    activations, w_down, residual = map(jnp.asarray, (activations, w_down, residual))
-    names = axis_names(axis_name, mesh)
-    size = group_size(mesh, names)
-    if activations.dtype != w_down.dtype or w_down.dtype not in DTYPES:
-        raise TypeError(
-            "activations and w_down must have one dtype, bfloat16, float16 or float32, got "
-            f"{activations.dtype} and {w_down.dtype}"
-        )
-    if w_down.ndim != 2 or activations.ndim < 1:
-        raise ValueError(
-            f"activations must be [..., F] and w_down [F, D], got shapes {activations.shape} and "
-            f"{w_down.shape}"
-        )
-    features = activations.shape[-1]
-    if features != w_down.shape[0] or features % size != 0:
-        raise ValueError(
-            "F, the last axis of activations and the first of w_down, must agree and be divisible "
-            f"by the {size} ranks of {axis_name!r}, got {features} and {w_down.shape[0]}"
-        )
-    expected = (*activations.shape[:-1], w_down.shape[1])
-    if residual.shape != expected:
-        raise ValueError(
-            f"residual must have the shape {expected} of activations @ w_down, got {residual.shape}"
-        )
-    tokens = _check_token_spec(token_spec, residual, mesh, names)
-
-    def local(activations, w_down, residual, norm_scale, *layer_scalar):
-        partial_sums = jnp.dot(activations, w_down)
-        return fused_post_ff(
-            partial_sums,
-            residual,
-            norm_scale,
-            *layer_scalar,
-            axis_name=names,
-            eps=eps,
-            scale_offset=scale_offset,
-            implementation=implementation,
-        )
-
-    operands = [activations, w_down, residual, norm_scale]
-    in_specs = [
-        PartitionSpec(*tokens, names),
-        PartitionSpec(names, None),
-        PartitionSpec(*tokens, None),
-        PartitionSpec(),
-    ]
-    if layer_scalar is not None:
-        operands.append(_as_array(layer_scalar))
-        in_specs.append(PartitionSpec())
-    if _is_explicit(mesh):  # where shard_map demands operands that are sharded as it is told
-        shardings = [jax.NamedSharding(mesh, spec) for spec in in_specs]
-        operands = [jax.reshard(a, sharding) for a, sharding in zip(operands, shardings)]
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=tuple(in_specs), out_specs=PartitionSpec(*tokens, None)
-    )(*operands)
-
-
-def _is_explicit(mesh: jax.sharding.Mesh) -> bool:
-    return all(kind == AxisType.Explicit for kind in mesh.axis_types)
-
-
-def _check_token_spec(
-    token_spec: PartitionSpec | None,
-    residual: jax.Array,
-    mesh: jax.sharding.Mesh,
-    names: tuple[str, ...],
-) -> tuple[AxisName | None, ...]:
-    """token_spec, one entry for each leading axis of residual."""
-    leading = residual.ndim - 1
-    if token_spec is None:
-        token_spec = PartitionSpec()
-        if _is_explicit(mesh):
-            spec = jax.typeof(residual).sharding.spec
-            token_spec = PartitionSpec(*(None if _axes(e) & set(names) else e for e in spec[:-1]))
-    if len(token_spec) > leading:
-        raise ValueError(
-            f"token_spec must have at most {leading} entries for residual's leading axes, "
-            f"got {token_spec}"
-        )
-    allowed = set(mesh.axis_names) - set(names)
-    for length, entry in zip(residual.shape, token_spec):
-        shards = math.prod(mesh.shape[name] for name in _axes(entry) & allowed)
-        if not _axes(entry) <= allowed or length % shards != 0:
-            raise ValueError(
-                f"token_spec must name axes of the mesh other than {names}, {sorted(allowed)}, "
-                f"that divide residual's leading axes {residual.shape[:-1]}, got {token_spec}"
-            )
-    return (*token_spec, *(None,) * (leading - len(token_spec)))
-
-
-def _axes(entry: AxisName | None) -> set[str]:
-    """The mesh axes in one entry of a PartitionSpec."""
-    if entry is None:
-        return set()
-    return {entry} if isinstance(entry, str) else set(entry)
-
-
 def _fused(
     operands: Operands,
     axis_name: AxisName,
@@ -430,7 +297,7 @@ def _operands(
         tuple(map(jnp.asarray, partial_sums)),
         tuple(map(jnp.asarray, norm_scales)),
         residual,
-        None if layer_scalar is None else _as_array(layer_scalar),
+        None if layer_scalar is None else as_array(layer_scalar),
         tuple(map(jnp.asarray, next_norm_scales)),
     )
 
@@ -440,7 +307,7 @@ def _like(next_norm_scale, normed: list[jax.Array]) -> Any:
     return tuple(normed) if isinstance(next_norm_scale, tuple) else normed[0]
 
 
-def _as_array(layer_scalar: jax.Array | float) -> jax.Array:
+def as_array(layer_scalar: jax.Array | float) -> jax.Array:
     """A number of Python, or an integer of NumPy, becomes float32, whatever JAX's default is."""
     number = isinstance(layer_scalar, numbers.Integral | float)
     return jnp.asarray(layer_scalar, jnp.float32 if number else None)

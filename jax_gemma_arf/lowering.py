@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jax_gemma_arf import support
-from jax_gemma_arf.reference import Operands, reference_tail
+from jax_gemma_arf.reference import Operands, reference_tail, tail
 
 logger = logging.getLogger("jax_gemma_arf")
 
@@ -31,6 +32,10 @@ TARGETS = {
 DISABLED_EXPORT_CHECKS = [
     export.DisabledSafetyCheck.custom_call(mesh_target) for mesh_target, _ in TARGETS.values()
 ]
+
+#: Names the all-reduced rows that a derivative saves, for policies of ``jax.checkpoint``: with
+#: ``save_only_these_names(SAVED_SUMS)`` a backward pass does not repeat the all-reduce.
+SAVED_SUMS = "jax_gemma_arf.sums"
 
 # Operands: the leaves of an Operands. Parameters: tree, what its leaves are, and options. Results:
 # hidden and the next norms.
@@ -51,21 +56,47 @@ class Options:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def fused_tail(options: Options, operands: Operands) -> tuple[jax.Array, ...]:
     """Binds the primitive with a derivative. Returns hidden and the next norms."""
+    return _bind(options, operands)
+
+
+def _bind(options: Options, operands: Operands) -> tuple[jax.Array, ...]:
     leaves, tree = jax.tree.flatten(operands)
     return tuple(tail_p.bind(*leaves, tree=tree, options=options))
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Types:
+    """The types of the partial sums, kept for the backward pass in place of the sums themselves."""
+
+    partial_sums: tuple[Any, ...]
+
+
 def _forward(options, operands):
-    return fused_tail(options, operands), operands
+    # The backward pass needs the reduced rows. The kernel returns only what comes after them, so it
+    # reduces here, and XLA computes the rest. Saving the rows costs what the partial sums would.
+    sums = tuple(_bind(options, Operands((x,), ()))[0] for x in operands.partial_sums)
+    sums = checkpoint_name(sums, SAVED_SUMS)
+    types = _Types(tuple(map(jax.typeof, operands.partial_sums)))
+    reduced = operands._replace(partial_sums=sums)
+    return _tail(options, reduced), (reduced, types)
 
 
-def _backward(options, operands, cotangents):
-    # The reference's own derivative, so that the collectives of the transpose and the types under
-    # check_vma are those of psum.
-    return jax.vjp(functools.partial(reference, options), operands)[1](cotangents)
+def _backward(options, saved, cotangents):
+    reduced, types = saved
+    (gradients,) = jax.vjp(functools.partial(_tail, options), reduced)[1](cotangents)
+    # psum's own transpose, so that collectives and types are psum's, with check_vma on and off.
+    transpose = jax.linear_transpose(
+        lambda sums: jax.lax.psum(sums, options.axis_name), types.partial_sums
+    )
+    return (gradients._replace(partial_sums=transpose(gradients.partial_sums)[0]),)
 
 
 fused_tail.defvjp(_forward, _backward)
+
+
+def _tail(options: Options, reduced: Operands) -> tuple[jax.Array, ...]:
+    return tail(reduced, eps=options.eps, scale_offset=options.scale_offset)
 
 
 def reference(options: Options, operands: Operands) -> tuple[jax.Array, ...]:
@@ -171,6 +202,9 @@ def _cuda_lowering(ctx, *leaves, tree, options):
         return _lower_to_reference(
             ctx, *leaves, reason=decision.reason, level=level, tree=tree, options=options
         )
+    if not operands.norm_scales:
+        function = functools.partial(_sum_by_norm, options)
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
     attributes = ffi_attributes(
         operands,
         decision.algorithm,
@@ -180,6 +214,17 @@ def _cuda_lowering(ctx, *leaves, tree, options):
     )
     mesh_target, _ = TARGETS[options.implementation or "cuda"]
     return jax.ffi.ffi_lowering(mesh_target)(ctx, *leaves, **attributes)
+
+
+# A norm that changes nothing. Next to this eps no mean of squares counts while |x| < 2**50, so rows
+# are divided by 2**63. The scale multiplies by as much. Powers of two round nothing.
+SUM_EPS, SUM_SCALE = 2.0**126, 2.0**63
+
+
+def _sum_by_norm(options: Options, x: jax.Array) -> tuple[jax.Array, ...]:
+    """The kernel as an all-reduce alone."""
+    options = dataclasses.replace(options, eps=SUM_EPS, scale_offset=SUM_SCALE)
+    return _bind(options, Operands((x,), (jnp.zeros(x.shape[-1], jnp.float32),)))
 
 
 mlir.register_lowering(tail_p, _default_lowering)

@@ -17,6 +17,7 @@ class Operands(NamedTuple):
     Attributes:
       partial_sums: [..., D] each, all of one dtype: this rank's, of one branch or of two.
       norm_scales: [D] each: of one branch, its norm; of two, the norms of both and of their sum.
+        None at all: the sum of one branch is the result, as a derivative needs it.
       residual: [..., D], or None.
       layer_scalar: () or (1,), or None for 1.
       next_norm_scales: [D] each, up to three: the norms that read the finished row.
@@ -72,6 +73,8 @@ def tail(operands: Operands, *, eps: float, scale_offset: float) -> tuple[jax.Ar
     """
     norm = functools.partial(_norm, eps=eps, scale_offset=scale_offset)
     rows = operands.partial_sums
+    if not operands.norm_scales:
+        return rows
     *branch_scales, scale = operands.norm_scales
     if branch_scales:
         rows = tuple(map(norm, rows, branch_scales))

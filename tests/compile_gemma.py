@@ -9,8 +9,6 @@ plugin of JAX, which test_gemma_compiled.py puts on the path.
 
 import functools
 import json
-import math
-import re
 import sys
 
 import gemma_models
@@ -20,6 +18,7 @@ import jax_plugins.xla_cuda13  # noqa: F401 (registers the platform)
 import numpy as np
 from jax.experimental import topologies
 
+from jax_gemma_arf import audit
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 # What XLA asks of the device that it compiles for. From a H100 SXM.
@@ -98,12 +97,7 @@ def compiled(variant: str, ranks: int, batch: int, loop: bool, official: bool = 
 
 def collectives(text: str) -> list[tuple[str, int]]:
     """Returns the collectives in optimised HLO, each with the elements of its largest result."""
-    found = []
-    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    for shape, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        arrays = [dims.split(",") for dims in re.findall(r"\w+\[([\d,]+)\]", shape)]
-        found.append((kind, max((math.prod(map(int, dims)) for dims in arrays), default=1)))
-    return found
+    return [(found.kind, found.elements) for found in audit(text)]
 
 
 def main() -> None:

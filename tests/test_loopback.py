@@ -40,6 +40,23 @@ def gpu(require_gpus):
         yield device
 
 
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=lambda dtype: jnp.dtype(dtype).name)
+def test_all_reduce_for_a_derivative(dtype, algorithm):
+    """The norm that changes nothing: the exact sums, rounded once, from tiny to huge."""
+    exponents = np.linspace(-14, 14 if dtype == F16 else 48, 9)
+    x = np.random.default_rng(0).standard_normal((4, 9, 640)) * 2.0 ** exponents[:, None]
+    x = jnp.asarray(x, dtype)
+    sums = loopback_tail(
+        Operands((x,), (jnp.zeros(640, F32),)),
+        eps=lowering.SUM_EPS,
+        scale_offset=lowering.SUM_SCALE,
+        algorithm=algorithm,
+    )
+    want = functools.reduce(np.add, np.asarray(x, np.float32)).astype(dtype)
+    np.testing.assert_array_equal(sums[0], np.stack([want] * 4))
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("tokens", [1, 4096])

@@ -280,3 +280,42 @@ def test_export(mesh):
             mapped, platforms=platforms, disabled_checks=jga.DISABLED_EXPORT_CHECKS
         )
         assert counts(export(*operands).mlir_module()) == expected
+
+
+REMAT = {
+    "saved": lambda block: block,
+    "saved by name": functools.partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_only_these_names(lowering.SAVED_SUMS),
+    ),
+}
+
+
+@pytest.mark.parametrize("remat", REMAT.values(), ids=REMAT)
+@pytest.mark.parametrize(("platform", "calls"), [("cpu", 0), ("cuda", 2)])
+def test_backward_does_not_repeat_the_all_reduce(cpus, remat, platform, calls):
+    """Each half of a block reduces once forward, its result, and once backward, the gradient of its
+    input: hazard 40."""
+    mesh = make_mesh((2,), ("tp",), cpus[:2])
+    layers = 3
+
+    def half(h, weights):
+        up, down = weights
+        partial_sums = jnp.tanh(h @ up) @ down
+        return jga.fused_post_ff(partial_sums, h, jnp.ones(256, h.dtype), axis_name="tp")
+
+    def loss(weights, h):
+        for _ in range(2 * layers):
+            h = remat(half)(h, weights)
+        return jnp.sum(h)
+
+    def local(weights, h):
+        return jax.grad(loss, (0, 1))(weights, h)
+
+    specs = (P(None, "tp"), P("tp"))
+    call = jax.shard_map(local, mesh=mesh, in_specs=(specs, P()), out_specs=(specs, P()))
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((256, 64), (64, 256), (4, 256))]
+    traced = jax.jit(call).trace((shapes[0], shapes[1]), shapes[2])
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    forward = 2 * layers
+    assert counts(text) == ((forward, forward) if calls else (0, 2 * forward))

@@ -415,7 +415,7 @@ def test_down_proj_reshards(cpus, axis_type):
     for specs in (
         (P(), P(), P(), P()),
         (P("data", "tp"), P("tp", "data"), P("data"), P("tp")),
-        (P("tp"), P(None, "tp"), P("tp", "data"), P()),
+        (P("tp"), P(None, "tp"), P(None, "data"), P()),
     ):
         placed = put(mesh, arrays, specs)
         call = functools.partial(jga.down_proj_post_ff, mesh=mesh, axis_name="tp")

@@ -1,0 +1,268 @@
+"""google-tunix's models with fused tails, against the same models as they were, in float32."""
+
+import functools
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from runners import make_mesh
+
+import jax_gemma_arf as jga
+from jax_gemma_arf import lowering
+
+pytest.importorskip("tunix", reason="needs google-tunix: the extra tunix of pyproject.toml")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import qwix
+    from tunix.generate.sampler import CacheConfig, Sampler
+    from tunix.models.gemma3 import model as gemma3
+    from tunix.models.gemma4 import model as gemma4
+    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
+
+    from jax_gemma_arf.integrations import tunix
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+LOCAL, GLOBAL = gemma4.AttentionType.LOCAL_SLIDING, gemma4.AttentionType.GLOBAL
+SIZES = {
+    "num_layers": 2,
+    "num_embed": 64,
+    "embed_dim": 256,
+    "hidden_dim": 64,
+    "num_heads": 8,
+    "head_dim": 16,
+    "num_kv_heads": 4,
+    "sliding_window_size": 4,
+}
+GEMMA4 = SIZES | {"global_key_size": 32, "attention_pattern": (LOCAL, GLOBAL)}
+SMALL_EXPERTS = {"num_experts": 4, "expert_dim": 16, "num_experts_per_tok": 2}
+CONFIGS = {
+    "gemma3": functools.partial(gemma3.ModelConfig, **SIZES, param_dtype=jnp.float32),
+    "31b": functools.partial(gemma4.ModelConfig, **GEMMA4, k_eq_v_global=True),
+    "e2b": functools.partial(
+        gemma4.ModelConfig,
+        **GEMMA4 | {"num_layers": 3, "frac_shared_layers": 0.33},
+        per_layer_input_dim=16,
+        override_kv_shared_ffw_hidden=128,
+    ),
+    "26b_a4b": functools.partial(gemma4.ModelConfig, **GEMMA4, **SMALL_EXPERTS, enable_moe=True),
+}
+BATCH, LENGTH = 4, 8
+
+
+def auto_mesh(cpus, fsdp, tp):
+    return make_mesh((fsdp, tp), ("fsdp", "tp"), cpus[: fsdp * tp])
+
+
+def make(name, mesh, *, is_sampling=False, **options):
+    """A model with random weights, on the mesh as Tunix shards them."""
+    module = gemma3 if name == "gemma3" else gemma4
+    shd_config = module.ShardingConfig.get_default_sharding(is_sampling)
+    kind = module.Gemma3 if name == "gemma3" else module.Gemma4
+    if isinstance(options.get("remat_config"), str):
+        options["remat_config"] = module.RematConfig[options["remat_config"]]
+    with jax.default_device(mesh.devices.flat[0]):
+        model = kind(CONFIGS[name](shd_config=shd_config, **options), rngs=nnx.Rngs(0))
+    state = nnx.state(model)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        values = 0.05 * rng.standard_normal(leaf.shape)
+        return np.asarray(values + (leaf.ndim == 1 and name != "gemma3"), np.float32)
+
+    def put(leaf, spec):
+        return jax.device_put(draw(leaf), jax.NamedSharding(mesh, spec))
+
+    nnx.update(model, jax.tree.map(put, state, nnx.get_partition_spec(state)))
+    return model
+
+
+def batch():
+    tokens = np.random.default_rng(1).integers(1, 64, (BATCH, LENGTH))
+    causal = np.tril(np.ones((LENGTH, LENGTH), bool))
+    return {
+        "input_tokens": jnp.asarray(tokens, jnp.int32),
+        "input_mask": jnp.ones((BATCH, LENGTH), bool),
+        "positions": jnp.tile(jnp.arange(LENGTH), (BATCH, 1)),
+        "attention_mask": jnp.tile(causal, (BATCH, 1, 1)),
+    }
+
+
+def with_lora(model, mesh, **options):
+    provider = qwix.LoraProvider(
+        module_path=".*(attn_vec_einsum|q_einsum|down_proj|up_proj)",
+        rank=2,
+        alpha=2.0,
+        lora_b_initializer=jax.nn.initializers.normal(0.05),
+        **options,
+    )
+    inputs = {name: value[:2] for name, value in batch().items() if name != "input_mask"}
+    tokens = inputs.pop("input_tokens")
+    with mesh:
+        return qwix.apply_lora_to_model(
+            model, provider, tokens, cache=None, **inputs, rngs=nnx.Rngs(1)
+        )
+
+
+def train(model, mesh):
+    """Three steps of Tunix's trainer: losses, norms of gradients, trained parameters."""
+    config = TrainingConfig(eval_every_n_steps=100, max_steps=3)
+    with mesh, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = PeftTrainer(model, optax.sgd(0.1), config)
+        trainer = trainer.with_gen_model_input_fn(lambda inputs: inputs)
+        step, _ = trainer.jit_train_and_eval_step()
+        results = [step(batch()) for _ in range(3)]
+        trainer.close()
+    kind = nnx.LoRAParam if trainer._lora_enabled else nnx.Param
+    losses, _, norms = zip(*results)
+    return np.stack(losses), np.stack(norms), nnx.to_pure_dict(nnx.state(model, kind))
+
+
+def assert_trained_alike(model, other, mesh):
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    for one, two in zip(jax.tree.leaves(train(model, mesh)), jax.tree.leaves(train(other, mesh))):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    moved = [not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (before, after)))]
+    assert any(moved)
+
+
+MESHES = [(1, 2), (2, 2), (1, 4)]
+TRAINED = [("gemma3", mesh, None) for mesh in MESHES] + [("e2b", mesh, None) for mesh in MESHES]
+TRAINED += [("31b", (2, 2), "BLOCK"), ("26b_a4b", (2, 2), None), ("gemma3", (2, 2), "DECODER")]
+
+
+@pytest.mark.parametrize(("name", "sizes", "remat"), TRAINED, ids=str)
+def test_training(cpus, name, sizes, remat):
+    mesh = auto_mesh(cpus, *sizes)
+    options = {"remat_config": remat or "NONE"}
+    model = make(name, mesh, **options)
+    fused = tunix.tensor_parallel(make(name, mesh, **options), mesh)
+    assert nnx.to_pure_dict(nnx.state(fused)).keys() == nnx.to_pure_dict(nnx.state(model)).keys()
+    assert_trained_alike(model, fused, mesh)
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("first", ["lora", "tensor_parallel"])
+def test_lora(cpus, first, weights):
+    """LoRA and QLoRA, applied before or after: the two projections have their adapters."""
+    mesh = auto_mesh(cpus, 2, 2)
+    quantised = {"weight_qtype": weights} if weights else {}
+    model = with_lora(make("gemma3", mesh), mesh, **quantised)
+    if first == "lora":
+        fused = tunix.tensor_parallel(with_lora(make("gemma3", mesh), mesh, **quantised), mesh)
+    else:
+        fused = with_lora(tunix.tensor_parallel(make("gemma3", mesh), mesh), mesh, **quantised)
+    adapters = nnx.to_flat_state(nnx.state(fused, nnx.LoRAParam)).paths
+    assert adapters == nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)).paths
+    assert sum("attn_vec_einsum" in path or "down_proj" in path for path in adapters) == 8
+    assert_trained_alike(model, fused, mesh)
+
+
+class Letters:
+    """A tokenizer, for Tunix's sampler."""
+
+    def encode(self, text):
+        return [ord(letter) % 60 + 4 for letter in text]
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+    def bos_id(self):
+        return 2
+
+    def eos_id(self):
+        return 1
+
+    def pad_id(self):
+        return 0
+
+
+def sample(model, mesh):
+    cache = CacheConfig(cache_size=16, num_layers=2, num_kv_heads=4, head_dim=16)
+    with mesh:
+        sampler = Sampler(model, Letters(), cache)
+        return sampler(["ab", "xyz"], max_generation_steps=8, return_logits=True)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "e2b"])
+def test_sampling(cpus, name):
+    """The same tokens, with caches, from the same sampler."""
+    mesh = auto_mesh(cpus, 1, 2)
+    plain = sample(make(name, mesh, is_sampling=True), mesh)
+    fused = sample(tunix.tensor_parallel(make(name, mesh, is_sampling=True), mesh), mesh)
+    assert fused.text == plain.text
+    assert len(set(plain.text[0].split())) > 2
+    for one, other in zip(fused.logits, plain.logits):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def forward(model):
+    graph, state = nnx.split(model)
+
+    def call(state, inputs):
+        arguments = inputs["positions"], None, inputs["attention_mask"]
+        return nnx.merge(graph, state)(inputs["input_tokens"], *arguments)[0]
+
+    return jax.jit(call), state
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_calls(cpus, name):
+    """Two launches a layer, three with per-layer inputs; of activations the tails alone, and the
+    lookup of the embedding, are reduced."""
+    mesh = auto_mesh(cpus, 1, 2)
+    fused = tunix.tensor_parallel(make(name, mesh), mesh)
+    with mesh:
+        call, state = forward(fused)
+        traced = call.trace(state, batch())
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        tails = len(fused.layers) * (3 if name == "e2b" else 2)
+        assert text.count(f"@{lowering.MESH_TARGET}") == tails
+        assert not re.search(r"all_reduce|all_gather|reduce_scatter", text)
+        compiled = traced.lower().compile()
+    # Besides the tails: the lookup of the embedding, and what reads the final norm.
+    rows = (BATCH, LENGTH, SIZES["embed_dim"])
+    found = [c.kind for c in jga.audit(compiled) for shape in c.shapes if shape == rows]
+    branches = tails + len(fused.layers) * (name == "26b_a4b")
+    assert found.count("all-reduce") == branches + 1, found
+    assert found.count("all-gather") <= 2, found
+
+
+def test_rejected(cpus, monkeypatch):
+    mesh = auto_mesh(cpus, 1, 2)
+    model = make("gemma3", mesh)
+    with pytest.raises(TypeError, match=r"must be a Gemma3 or Gemma4 of tunix.models, got flax"):
+        tunix.tensor_parallel(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), mesh)
+    with pytest.raises(ValueError, match="axis_name must name one or several"):
+        tunix.tensor_parallel(model, mesh, axis_name="model")
+    explicit = make_mesh((1, 2), ("fsdp", "tp"), cpus[:2], AxisType.Explicit)
+    with pytest.raises(ValueError, match=r"must have Auto axes.*\(AxisType.Auto,\) \* 2"):
+        tunix.tensor_parallel(model, explicit)
+    monkeypatch.setattr(tunix.metadata, "version", lambda name: "0.2.0")
+    with pytest.raises(ImportError, match=r"needs google-tunix 0\.1\.7, found 0\.2\.0: pip"):
+        tunix._check_version()
+
+
+def test_projections_rejected(cpus):
+    """Where the model runs: a projection that is not sharded, and random state."""
+    mesh = auto_mesh(cpus, 1, 2)
+    fused = tunix.tensor_parallel(make("gemma3", mesh), mesh, axis_name="fsdp")
+    call, state = forward(fused)
+    jax.eval_shape(call, state, batch())
+    fused.layers[0].mlp.down_proj.kernel.set_metadata(out_sharding=("tp", None))
+    call, state = forward(fused)
+    with pytest.raises(ValueError, match="must be sharded over axis_name 'fsdp', got the specs"):
+        jax.eval_shape(call, state, batch())
+    fused.layers[0].attn.attn_vec_einsum.dropout = nnx.Rngs(0)
+    call, state = forward(fused)
+    with pytest.raises(ValueError, match="must have no random state, such as that of LoRA's"):
+        jax.eval_shape(call, state, batch())
