@@ -36,7 +36,9 @@ python_maximum_signature_line_length = 80
 add_module_names = False
 toc_object_entries = False
 html_theme = "furo"
+html_theme_options = {"light_css_variables": {"code-font-size": "72%"}}  # 100 columns fit a page
 html_title = f"jax_gemma_arf {__version__}"
+html_show_copyright = False
 
 
 class Output(SphinxDirective):
