@@ -56,13 +56,15 @@ generate: $(VENV)/.extra-gemma
 	$(BIN)/python -W ignore::DeprecationWarning examples/generate.py $(ARGS)
 
 # On whatever there is: several GPUs, one GPU (all ranks on it) or a CPU (psum alone).
-# BENCH_ARGS= for the full runs, minutes each.
+# BENCH_ARGS= for the full runs, minutes each. Ends with the paths of the pictures.
 BENCH_ARGS ?= --quick
 bench: $(VENV)/.extra-bench
 	@if command -v nvcc > /dev/null; then $(MAKE) bench-rivals; fi
+	@mkdir -p build && touch build/.bench
 	$(BIN)/python bench/op.py $(BENCH_ARGS)
 	$(BIN)/python bench/block.py $(BENCH_ARGS)
 	$(BIN)/python bench/profile_compare.py $(BENCH_ARGS)
+	@echo "Pictures:" && find "$${OUT:-bench/records}" -name '*.png' -newer build/.bench
 
 # FlashInfer's kernels, which op.py compares with; needs nvcc.
 bench-rivals: build/rivals/.built

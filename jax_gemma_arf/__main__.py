@@ -14,7 +14,10 @@ GEMMA4_HIDDEN = {"E2B": 1536, "E4B": 2560, "26B-A4B": 2816, "31B": 5376}
 
 def main() -> None:
     """Prints the report."""
-    parser = argparse.ArgumentParser(prog="python -m jax_gemma_arf", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_gemma_arf",
+        description="Prints whether this machine runs the kernel, and why.",
+    )
     parser.add_argument(
         "--extension", action="store_true", help="print only whether the extension is there"
     )

@@ -75,6 +75,15 @@ def fused_post_ff(
       ValueError, TypeError: at trace time, naming the argument, what must hold, and what came.
       NotImplementedError: when the call is lowered, if implementation is "cuda" or "flashinfer" and
         that kernel cannot run.
+
+    Example:
+      >>> @jax.shard_map(mesh=mesh, in_specs=(P(None, "tp"), P("tp"), P(), P()), out_specs=P())
+      ... def post_ff(activations, w_down, residual, norm_scale):
+      ...     partial_sums = activations @ w_down  # [4, 256], of this rank's 512 hidden units
+      ...     return jga.fused_post_ff(partial_sums, residual, norm_scale, axis_name="tp")
+      >>> ones = jnp.ones
+      >>> post_ff(ones((4, 1024)), ones((1024, 256)), ones((4, 256)), 3 * ones(256))[:, 0]
+      Array([4., 4., 4., 4.], dtype=float32)
     """
     operands = _operands((x,), (norm_scale,), jnp.asarray(residual), layer_scalar)
     (hidden,) = _fused(operands, axis_name, eps, scale_offset, implementation)
@@ -114,6 +123,19 @@ def fused_sandwich[NormScales: (jax.Array, tuple[jax.Array, ...])](
     Returns:
       (hidden, normed), both [..., D], residual.dtype, replicated over axis_name; normed is a tuple
       if next_norm_scale is one.
+
+    Example:
+      >>> @jax.shard_map(mesh=mesh, in_specs=(P(None, "tp"), P("tp"), P(), P(), P()), out_specs=P())
+      ... def post_attention(heads, w_out, residual, norm_scale, next_norm_scale):
+      ...     return jga.fused_sandwich(
+      ...         heads @ w_out, residual, norm_scale, next_norm_scale=next_norm_scale, axis_name="tp"
+      ...     )
+      >>> ones = functools.partial(jnp.ones, dtype=jnp.bfloat16)
+      >>> hidden, normed = post_attention(
+      ...     ones((4, 512)), ones((512, 256)), ones((4, 256)), 3 * ones(256), 2 * ones(256)
+      ... )
+      >>> hidden[:, 0], normed[:, 0]
+      (Array([4, 4, 4, 4], dtype=bfloat16), Array([2, 2, 2, 2], dtype=bfloat16))
     """
     if next_norm_scale is None:
         raise TypeError("next_norm_scale must be given; without a next norm use fused_post_ff")
@@ -142,6 +164,13 @@ def fused_all_reduce_norm(
 
     Returns:
       [..., D], x.dtype, replicated over axis_name.
+
+    Example:
+      >>> @jax.shard_map(mesh=mesh, in_specs=(P(None, "tp"), P("tp"), P()), out_specs=P())
+      ... def project(activations, w, norm_scale):
+      ...     return jga.fused_all_reduce_norm(activations @ w, norm_scale, axis_name="tp")
+      >>> project(jnp.ones((4, 512)), jnp.ones((512, 256)), 3 * jnp.ones(256))[:, 0]
+      Array([3., 3., 3., 3.], dtype=float32)
     """
     operands = _operands((x,), (norm_scale,))
     (normed,) = _fused(operands, axis_name, eps, scale_offset, implementation)
@@ -225,6 +254,17 @@ def fused_moe_tail(
 
     Returns:
       hidden, or with next_norm_scale (hidden, normed) as in fused_sandwich: residual.dtype.
+
+    Example:
+      >>> @jax.shard_map(mesh=mesh, in_specs=(P("tp"), P("tp"), P(), P(), P(), P()), out_specs=P())
+      ... def tail(dense, experts, residual, dense_scale, expert_scale, scale):
+      ...     return jga.fused_moe_tail(
+      ...         dense[0], experts[0], residual, dense_scale, expert_scale, scale, axis_name="tp"
+      ...     )
+      >>> ones = functools.partial(jnp.ones, dtype=jnp.bfloat16)
+      >>> dense, experts = 2 * ones((2, 4, 256)), 3 * ones((2, 4, 256))  # partial sums of two ranks
+      >>> tail(dense, experts, ones((4, 256)), ones(256), ones(256), 3 * ones(256))[:, 0]
+      Array([4, 4, 4, 4], dtype=bfloat16)
     """
     operands = _operands(
         (dense, experts),

@@ -67,9 +67,20 @@ class FeedForward(nn.Module):
 
     Attributes:
       hidden_dim: of all ranks together.
-      axis_name, implementation: as in fused_post_ff.
+      axis_name: as in fused_post_ff.
       scale_offset: 0.0 for Gemma 4; 1.0 for Gemma 2 and 3.
       layer_scalar: whether there is one: Gemma 4, but for E2B and E4B, where it comes later.
+      implementation: as in fused_post_ff.
+
+    Example:
+      >>> block = linen.FeedForward(hidden_dim=512, axis_name="tp")
+      >>> h = jnp.ones((4, 256))
+      >>> params = block.init(jax.random.key(0), h)["params"]
+      >>> @jax.shard_map(mesh=mesh, in_specs=(block.param_specs(), P()), out_specs=P())
+      ... def apply(params, h):
+      ...     return block.apply({"params": params}, h)
+      >>> apply(params, h).shape
+      (4, 256)
     """
 
     hidden_dim: int

@@ -4,7 +4,8 @@ The ranks are streams of one device inside one FFI call, forked and joined by ev
 the addresses of the peers is what a real mesh runs: workspace, handler, launch and kernels.
 
 No communicator keeps runs apart here: dispatch from one thread, or set
-XLA_FLAGS=--xla_gpu_require_exclusive_lock=true, so that XLA lets one run at a time have the device.
+``XLA_FLAGS=--xla_gpu_require_exclusive_lock=true``, so that XLA lets one run at a time have the
+device.
 """
 
 import math

@@ -36,7 +36,7 @@ class MLP(nnx.Module):
         """Makes the parameters.
 
         Args:
-          features: D.
+          features: D, the width of a token.
           hidden_dim: of all ranks together.
           axis_name: the manual mesh axis (or axes) of tensor parallelism.
           skip_all_reduce: return this rank's partial sums, for a fused operation to reduce.
@@ -100,7 +100,7 @@ class FeedForward(nnx.Module):
         """Makes the parameters.
 
         Args:
-          features: D.
+          features: D, the width of a token.
           hidden_dim: of all ranks together.
           axis_name, implementation: as in fused_post_ff.
           scale_offset: 0.0 for Gemma 4; 1.0 for Gemma 2 and 3.

@@ -202,6 +202,14 @@ def down_proj_post_ff(
 
     Raises:
       ValueError, TypeError: at trace time, as row_parallel_post_ff.
+
+    Example:
+      >>> activations, w_down = jnp.ones((4, 1024)), jnp.ones((1024, 256))
+      >>> residual, norm_scale = jnp.ones((4, 256)), 3 * jnp.ones(256)
+      >>> jga.down_proj_post_ff(
+      ...     activations, w_down, residual, norm_scale, mesh=mesh, axis_name="tp"
+      ... )[:, 0]
+      Array([4., 4., 4., 4.], dtype=float32)
     """
     activations, w_down = map(jnp.asarray, (activations, w_down))
     mesh = _check_mesh(mesh)

@@ -145,6 +145,11 @@ def fusion_support(
       ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis or a
         negative size, branches is neither 1 nor 2, or implementation is none of these.
       TypeError: if a size is neither an integer nor one of jax.export's symbolic dimensions.
+
+    Example:
+      >>> support = jga.fusion_support((4, 5376), jnp.bfloat16, mesh=mesh, axis_name="tp")
+      >>> support.ok, support.reason
+      (False, 'platform is cpu, not CUDA')
     """
     shape = tuple(map(_size, x_shape))
     if not shape:

@@ -1,4 +1,4 @@
-"""A small selection of loopback calls, a few seconds' worth, for compute-sanitizer: bench/gpu.sh
+"""A small selection of loopback calls, a few seconds' worth, for compute-sanitizer: tests/gpu.sh
 sanitize runs them under each of its tools.
 
 The ranks' kernels wait for each other, so they must run at the same time, as by default; with

@@ -259,15 +259,16 @@ def main(argv: list[str] | None = None) -> None:
         mesh = make_mesh((ranks,), ("tp",), devices[:ranks])
     rng = np.random.default_rng(options.seed)
     backend = Backend(ranks, mesh, options.seed, options.implementation)
+    bar = {"dynamic_ncols": True, "disable": None}
     programs = [
         Program(backend, rng, cases=options.cases, graphs=i % 2 == 0)
-        for i in tqdm(range(options.programs), desc="warm-up", unit="program")
+        for i in tqdm(range(options.programs), desc="warm-up", unit=" programs", **bar)
     ]
     before = sound_workspaces()
 
     done, trips = 0, 0
     start = time.monotonic()
-    with tqdm(total=options.calls, unit="call", unit_scale=True) as progress:
+    with tqdm(total=options.calls, unit=" calls", unit_scale=True, **bar) as progress:
         while done < options.calls and time.monotonic() - start < options.seconds:
             program = programs[rng.integers(len(programs))]
             calls = program.run(trips, options.trips)

@@ -1,10 +1,23 @@
 """The README is finished, and its example runs as printed."""
 
+import doctest
+import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from gemma import gm
+from jax.sharding import PartitionSpec as P
+
+import jax_gemma_arf as jga
+from jax_gemma_arf import linen
+from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -67,3 +80,53 @@ def test_hazards_are_covered():
         for name in set(cited) - tests - names:
             known = not name.startswith("test_") and re.search(rf"\b{name}\b", source)
             assert known, f"row {number}: there is no {name}"
+
+
+WITH_EXAMPLES = (
+    jga.fused_post_ff,
+    jga.fused_sandwich,
+    jga.fused_all_reduce_norm,
+    jga.fused_moe_tail,
+    jga.down_proj_post_ff,
+    jga.fusion_support,
+    linen.FeedForward,
+    tensor_parallel,
+)
+
+
+@pytest.mark.parametrize("documented", WITH_EXAMPLES, ids=lambda documented: documented.__name__)
+def test_docstring_example(documented, mesh):
+    """With the names that docs/reference/operations.md introduces."""
+    names = {"jax": jax, "jnp": jnp, "jga": jga, "P": P, "mesh": mesh, "functools": functools}
+    names |= {"linen": linen, "gm": gm, "tensor_parallel": tensor_parallel}
+    names |= {"param_shardings": param_shardings}
+    finder = doctest.DocTestFinder(recurse=False)
+    (example,) = finder.find(documented, documented.__name__, globs=names)
+    report: list[str] = []
+    result = doctest.DocTestRunner().run(example, out=report.append)
+    assert result.attempted > 0
+    assert result.failed == 0, "".join(report)
+
+
+@pytest.fixture(scope="module")
+def slot_protocol(tmp_path_factory):
+    """The compiled introduction to ffi/."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc in PATH")
+    program = tmp_path_factory.mktemp("slot_protocol") / "slot_protocol"
+    source = ROOT / "examples" / "slot_protocol.cu"
+    strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+    subprocess.run(["nvcc", "-arch=sm_90", *strict, source, "-o", program], check=True)
+    return program
+
+
+def test_slot_protocol_compiles(slot_protocol):
+    assert slot_protocol.stat().st_size > 0
+
+
+def test_slot_protocol_in_loopback(slot_protocol, require_gpus):
+    """It checks its own result."""
+    require_gpus(1)
+    result = subprocess.run([slot_protocol], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.endswith(": right\n")

@@ -101,6 +101,11 @@ def tensor_parallel[Model: nn.Module](
       ValueError: if the mesh lacks an axis, if the axis does not fit the numbers of heads, KV heads
         or hidden units (the error says which, and what sizes would), or if the model has no
         post-attention and post-FF norms (Gemma 1).
+
+    Example:
+      >>> model = tensor_parallel(gm.nn.Gemma3_270M(), mesh)
+      >>> param_shardings(model)["layer_0"]["mlp"]["linear"].spec
+      P('tp',)
     """
     cls = type(model)
     if not issubclass(cls, tuple(_SCALE_OFFSET)) or issubclass(cls, _gemma3n.Gemma3nTransformer):

@@ -3,7 +3,7 @@
 # loopback and multi_gpu tests, compute-sanitizer on a selection, and the benchmarks. Each step has
 # a time limit, since a kernel that spins for a peer might not end by itself.
 #
-#   bench/gpu.sh [report|test|stress|sanitize|speed|op|ops|block|model|quick]...
+#   tests/gpu.sh [report|test|stress|sanitize|speed|op|ops|block|model|quick]...
 #
 # speed is op, ops, block and model, and the demo; quick is a short run of the benchmarks; the
 # default is all but quick.
