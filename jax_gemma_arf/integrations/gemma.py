@@ -33,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 from kauldron import kd
 
 from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_ff, fused_sandwich
+from jax_gemma_arf.integrations import _gemma_wrappers as wrappers
 from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
 from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
@@ -64,6 +65,19 @@ _SHARDED_AXIS = {
     ("mlp", "gating_einsum", "w"): 2,
     ("mlp", "linear", "w"): 1,
 }
+_SHARDED_AXIS |= wrappers.sharded_axes(_SHARDED_AXIS)
+# The same of the vision encoder, which the compiler partitions: by the end of the path, and counted
+# from the end of the shape, since Gemma 4 stacks the layers. SigLIP in Gemma 3, then Gemma 4.
+_VISION_AXIS = {
+    **{(name, leaf): -2 for name in ("query", "key", "value") for leaf in ("kernel", "bias")},
+    ("out", "kernel"): -3,
+    ("Dense_0", "kernel"): -1,
+    ("Dense_0", "bias"): -1,
+    ("Dense_1", "kernel"): -2,
+    **{(name, "w"): -3 for name in ("q_einsum", "kv_einsum", "attn_vec_einsum")},
+    ("gating_einsum", "w"): -2,
+    ("linear", "w"): -2,
+}
 _KV_PROJECTIONS = ("k_einsum", "kv_einsum")
 
 
@@ -87,14 +101,15 @@ def tensor_parallel[Model: nn.Module](
 
     Args:
       model: an instance of ``gm.nn.Gemma2_*``, ``Gemma3_*``, ``Gemma4_*`` or of a Transformer of
-        one's own with their config. Its quantised and LoRA wrappers are not supported.
+        one's own with their config; or one of them in ``gm.nn.LoRA``, ``gm.nn.IntWrapper`` or
+        ``gm.nn.QuantizationAwareWrapper``, which may as well be put around the result.
       mesh: the mesh; its axes are used as in Auto mode, all of them manual in the blocks.
       axis_name: its axis (or axes) of tensor parallelism.
       batch_axis_name: an axis (or axes) over which tokens and caches are sharded along the batch.
       implementation: as in :func:`jax_gemma_arf.fused_post_ff`.
 
     Returns:
-      An instance of a subclass of ``type(model)``.
+      An instance of a subclass of ``type(model)``; of a wrapper, the same around such a model.
 
     Raises:
       TypeError: if the model's class is none of these.
@@ -102,11 +117,20 @@ def tensor_parallel[Model: nn.Module](
         or hidden units (the error says which, and what sizes would), or if the model has no
         post-attention and post-FF norms (Gemma 1).
     """
+    if isinstance(model, wrappers.WRAPPERS) and not isinstance(model.model, wrappers.WRAPPERS):
+        inner = tensor_parallel(
+            model.model,
+            mesh,
+            axis_name,
+            batch_axis_name=batch_axis_name,
+            implementation=implementation,
+        )
+        return model.clone(model=inner)
     cls = type(model)
     if not issubclass(cls, tuple(_SCALE_OFFSET)) or issubclass(cls, _gemma3n.Gemma3nTransformer):
         raise TypeError(
-            "model must be an official Gemma 2, 3 or 4 Transformer (gm.nn.Gemma3_270M(), "
-            f"gm.nn.Gemma4_31B(), ...), got {cls.__module__}.{cls.__qualname__}"
+            "model must be an official Gemma 2, 3 or 4 Transformer, in one wrapper at most "
+            f"(gm.nn.Gemma4_31B(), gm.nn.LoRA(model=gm.nn.Gemma3_4B(), rank=4), ...), got {cls.__module__}.{cls.__qualname__}"
         )
     if isinstance(model, _TensorParallel):
         raise TypeError("model is tensor parallel already; pass the official one")
@@ -143,8 +167,11 @@ def param_shardings(model: nn.Module, params: Any = None) -> Any:
       TypeError: if model is not from tensor_parallel.
       ValueError: if params is not the tree that ``model.apply({"params": params}, ...)`` takes.
     """
-    if not isinstance(model, _TensorParallel):
-        raise TypeError(f"model must come from tensor_parallel, got {type(model).__qualname__}")
+    transformer = wrappers.unwrap(model)
+    if not isinstance(transformer, _TensorParallel):
+        raise TypeError(
+            f"model must come from tensor_parallel, got {type(transformer).__qualname__}"
+        )
     if params is None:
         tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -155,7 +182,9 @@ def param_shardings(model: nn.Module, params: Any = None) -> Any:
             'names with flax.traverse_util.unflatten_dict(params, sep="/")'
         )
     return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(model.mesh, model.param_spec(_keys(path), leaf.shape)),
+        lambda path, leaf: NamedSharding(
+            transformer.mesh, transformer.param_spec(_keys(path), leaf.shape)
+        ),
         params,
     )
 
@@ -225,11 +254,18 @@ def _subclass(cls: type) -> type:
             size = group_size(self.mesh, self.tp_axes)
             if path[0] == "embedder" and path[-1] in ("input_embedding", "per_layer_embeddings"):
                 return P(self.tp_axes) if shape[0] % size == 0 else P()
+            if path[0] == "vision_encoder":
+                axis = _VISION_AXIS.get(path[-2:])
+                if axis is None or shape[axis] % size:
+                    return P()
+                return P(*(None,) * (len(shape) + axis), self.tp_axes)
             axis = _SHARDED_AXIS.get(path[1:]) if path[0].startswith("layer_") else None
-            if axis is None or (path[2] in _KV_PROJECTIONS and shape[axis] < size):
+            if axis is None:
                 return P()
-            if path[1:] == ("mlp", "gating_einsum"):  # [2, hidden_dim, D], or the other way around
+            if axis == 1 and path[2].endswith("gating_einsum"):  # [2, hidden_dim, D] or [2, D, ...]
                 axis = 1 if getattr(self.config, "transpose_gating_einsum", True) else 2
+            if shape[axis] < size:  # KV heads that several ranks share, or a scale that all share
+                return P()
             return P(*(None,) * axis, self.tp_axes)
 
         def batch_spec(self, batch: int) -> P:
@@ -268,6 +304,8 @@ def _subclass(cls: type) -> type:
 
         @functools.wraps(cls.__call__)
         def __call__(self, *args, **kwargs):
+            if wrappers.check_active() and not self.is_initializing():  # apply was the wrapper's
+                _check_placement(self, self.variables.get("params", {}))
             with nn.intercept_methods(functools.partial(_vocabulary_parallel, self)):
                 return super().__call__(*args, **kwargs)
 
@@ -290,13 +328,15 @@ def _copies(model, kv_heads: int) -> int:
 class _Layer:
     """One block's official modules at this rank's sizes; their outputs are partial sums.
 
-    experts: the routed experts of a block that has them beside its mlp. kv_source: the layer whose
+    experts: the routed experts of a block that has them beside its mlp. per_layer: the whole gate
+    and projection of its per-layer input, if it has one. kv_source: the layer whose
     keys and values this one uses, or None. mask: the name of its attention mask in the inputs.
     """
 
     attention: nn.Module
     mlp: nn.Module
     experts: nn.Module | None
+    per_layer: tuple[nn.Module, nn.Module] | None
     kv_source: str | None
     mask: str
 
@@ -330,6 +370,9 @@ def _layers(model) -> list[_Layer]:
                 attention=attention,
                 mlp=local(mlp, "hidden_dim"),
                 experts=local(block.mlp, "hidden_dim") if moe else None,
+                per_layer=(local(block.per_layer_input_gate), local(block.per_layer_projection))
+                if getattr(block, "per_layer_input_dim", 0)
+                else None,
                 kv_source=None if sharing[i] == i else f"layer_{sharing[i]}",
                 mask="sliding_attention_mask" if sliding else "attention_mask",
             )
@@ -397,6 +440,10 @@ def _run_blocks_on_mesh(model, inputs, cache):
     """Blocks and final norm: what _apply_attention returns, from the inputs that it takes."""
     params = model.variables["params"]
     params = {key: params[key] for key in params if key.startswith(("layer_", "final_norm"))}
+    method = wrappers.quantization_method()
+    if method is not None and isinstance(model, _gemma3.Transformer):  # else it replaces nothing
+        dtype = inputs.embeddings.dtype
+        params = wrappers.simulate_quantization(params, method, dtype)
     _check_cache(model, cache)
     batch = model.batch_spec(inputs.embeddings.shape[0])
     cache_specs = jax.tree.map(lambda sharding: sharding.spec, model.cache_shardings(cache))
@@ -413,9 +460,11 @@ def _run_blocks_on_mesh(model, inputs, cache):
         scale_offset=scale_offset,
         implementation=model.implementation,
     )
-    return jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=(batch, cache_specs))(
-        params, inputs, cache
-    )
+    run = jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=(batch, cache_specs))
+    if method is None:
+        return run(params, inputs, cache)
+    with nn.intercept_methods(wrappers.without_interceptors):  # weights are quantized already
+        return run(params, inputs, cache)
 
 
 def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tail):
@@ -442,19 +491,20 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
         attention, layer_cache = layer.attention, old_cache.get(name)
         shared = None if layer.kv_source is None else new_cache[layer.kv_source]
         weights = _own_kv_heads(p["attn"], attention.num_kv_heads, axis_name)
-        if tokens == 1 and layer_cache is not None:
+        if tokens == 1 and layer_cache is not None and _is_plain(weights):
             layer_cache, attended = decode_attention(
                 attention, weights, normed, inputs.positions, layer_cache, mask, shared
             )
         else:
             layer_cache, attended = attention.apply(
                 {"params": weights},
-                normed,
+                normed[:batch],
                 inputs.positions,
                 layer_cache,
                 mask,
                 **({} if shared is None else {"kv_shared_cache": shared}),
             )
+            attended = jnp.broadcast_to(attended, normed.shape)  # both rows of a batch of one
         new_cache[name] = layer_cache
         feed_forward = _dense_half if layer.experts is None else _moe_half
         per_layer_input = None if per_layer_inputs is None else per_layer_inputs[..., i, :]
@@ -462,6 +512,12 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
             layer, p, attended, h, batch, per_layer_input, next_scales[i + 1], tail
         )
     return normed[:batch], None if cache is None else new_cache
+
+
+def _is_plain(attention) -> bool:
+    """Returns whether the parameters of an attention module are its own, not a wrapper's."""
+    einsums = (params for name, params in attention.items() if name.endswith("_einsum"))
+    return all(params.keys() == {"w"} for params in einsums)
 
 
 def _two_rows(tree):
@@ -490,10 +546,12 @@ def _dense_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail)
             partial_sums, h, norm_scale, layer_scalar, next_norm_scale=next_scale, **tail
         )
     h = fused_post_ff(partial_sums, h, norm_scale, **tail)
-    gated = nn.gelu(h @ p["per_layer_input_gate"]["w"]) * per_layer_input
+    gate, projection = layer.per_layer
+    gated = gate.apply({"params": p["per_layer_input_gate"]}, "...D,DP->...P", h)
+    gated = nn.gelu(gated) * per_layer_input
     # Else XLA would compute the gelu again in every tile of the next matmul.
     gated = jax.lax.optimization_barrier(gated)
-    update = gated @ p["per_layer_projection"]["w"]
+    update = projection.apply({"params": p["per_layer_projection"]}, "...P,PD->...D", gated)
     h = (h + rmsnorm(update, p["post_per_layer_input_norm"]["scale"])) * layer_scalar
     return h, rmsnorm(h, next_scale)
 
@@ -565,11 +623,9 @@ def _own_kv_heads(attn, local_heads: int, axis_name):
     """
 
     def own(path, w):
-        name = _keys(path)[0]
-        if name not in _KV_PROJECTIONS:
-            return w
-        axis = _SHARDED_AXIS["attn", name, "w"]
-        if w.shape[axis] == local_heads:
+        keys = _keys(path)
+        axis = _SHARDED_AXIS.get(("attn", *keys))
+        if axis is None or keys[0] not in _KV_PROJECTIONS or w.shape[axis] in (1, local_heads):
             return w
         head = jax.lax.axis_index(axis_name) * w.shape[axis] // jax.lax.axis_size(axis_name)
         return jax.lax.dynamic_slice_in_dim(w, head, 1, axis)
