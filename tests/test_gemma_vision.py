@@ -54,7 +54,7 @@ def matmul_fraction(params) -> float:
     weights = [
         leaf
         for path, leaf in jax.tree.leaves_with_path(params)
-        if re.search(r"(Dense|query|key|value|out|einsum|linear)\S*'\]\['(kernel|w)'", str(path))
+        if path[-1].key in ("kernel", "w") and "transformer" in jax.tree_util.keystr(path).lower()
     ]
     return sum(w.addressable_shards[0].data.nbytes for w in weights) / sum(w.nbytes for w in weights)
 

@@ -16,9 +16,11 @@ vocabulary, attention in a decode step (_gemma_decode.py), and the experts.
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import gemma
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -38,6 +40,9 @@ from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
 from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
 from jax_gemma_arf.vocabulary import lookup
+
+#: Releases of the package whose blocks were compared with those restated here.
+TESTED_VERSIONS = ("4.0.1", "4.1.0")
 
 # Up to this number of tokens, whose activations of all experts then take 0.75 GB, every token is
 # multiplied by every expert. XLA's ragged_dot does as much, and transposes all weights before it: a
@@ -81,6 +86,19 @@ _VISION_AXIS = {
 _KV_PROJECTIONS = ("k_einsum", "kv_einsum")
 
 
+def _warn_if_untested(version: str) -> None:
+    if version not in TESTED_VERSIONS:
+        warnings.warn(
+            f"gemma {version} is not a release that jax_gemma_arf.integrations.gemma was tested "
+            f"with ({', '.join(TESTED_VERSIONS)}). Parts of its models are restated here, and may "
+            "have changed: compare the logits with those of the official model",
+            stacklevel=3,
+        )
+
+
+_warn_if_untested(gemma.__version__)
+
+
 def tensor_parallel[Model: nn.Module](
     model: Model,
     mesh: Mesh,
@@ -101,8 +119,8 @@ def tensor_parallel[Model: nn.Module](
 
     Args:
       model: an instance of ``gm.nn.Gemma2_*``, ``Gemma3_*``, ``Gemma4_*`` or of a Transformer of
-        one's own with their config; or one of them in ``gm.nn.LoRA``, ``gm.nn.IntWrapper`` or
-        ``gm.nn.QuantizationAwareWrapper``, which may as well be put around the result.
+        one's own with their config; or one of them in ``gm.nn.LoRA`` or ``gm.nn.IntWrapper``, which may as
+        well be put around the result.
       mesh: the mesh; its axes are used as in Auto mode, all of them manual in the blocks.
       axis_name: its axis (or axes) of tensor parallelism.
       batch_axis_name: an axis (or axes) over which tokens and caches are sharded along the batch.
@@ -112,7 +130,7 @@ def tensor_parallel[Model: nn.Module](
       An instance of a subclass of ``type(model)``; of a wrapper, the same around such a model.
 
     Raises:
-      TypeError: if the model's class is none of these.
+      TypeError: if the model's class is none of these, or mesh is no Mesh.
       ValueError: if the mesh lacks an axis, if the axis does not fit the numbers of heads, KV heads
         or hidden units (the error says which, and what sizes would), or if the model has no
         post-attention and post-FF norms (Gemma 1).
@@ -134,9 +152,14 @@ def tensor_parallel[Model: nn.Module](
         )
     if isinstance(model, _TensorParallel):
         raise TypeError("model is tensor parallel already; pass the official one")
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            'mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ("tp",)), got '
+            f"{type(mesh).__name__}"
+        )
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     names = axis_names(axis_name, mesh)
-    batch = () if batch_axis_name is None else axis_names(batch_axis_name, mesh)
+    batch = () if batch_axis_name is None else axis_names(batch_axis_name, mesh, "batch_axis_name")
     if overlap := set(names) & set(batch):
         raise ValueError(f"axis_name and batch_axis_name must not share axes, got {overlap}")
     _check_config(cls.__name__, model.config, names, group_size(mesh, names))
@@ -439,11 +462,13 @@ def _logits_on_mesh(model, table, x):
 def _run_blocks_on_mesh(model, inputs, cache):
     """Blocks and final norm: what _apply_attention returns, from the inputs that it takes."""
     params = model.variables["params"]
-    params = {key: params[key] for key in params if key.startswith(("layer_", "final_norm"))}
-    method = wrappers.quantization_method()
-    if method is not None and isinstance(model, _gemma3.Transformer):  # else it replaces nothing
-        dtype = inputs.embeddings.dtype
-        params = wrappers.simulate_quantization(params, method, dtype)
+    names = [*(f"layer_{i}" for i in range(model.config.num_layers)), "final_norm"]
+    if missing := [name for name in names if name not in params]:
+        raise ValueError(
+            f"the parameters must hold the {model.config.num_layers} layers of the model and "
+            f"final_norm, got none for {', '.join(missing)}; is the checkpoint of another model?"
+        )
+    params = {name: params[name] for name in names}
     _check_cache(model, cache)
     batch = model.batch_spec(inputs.embeddings.shape[0])
     cache_specs = jax.tree.map(lambda sharding: sharding.spec, model.cache_shardings(cache))
@@ -460,11 +485,9 @@ def _run_blocks_on_mesh(model, inputs, cache):
         scale_offset=scale_offset,
         implementation=model.implementation,
     )
-    run = jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=(batch, cache_specs))
-    if method is None:
-        return run(params, inputs, cache)
-    with nn.intercept_methods(wrappers.without_interceptors):  # weights are quantized already
-        return run(params, inputs, cache)
+    return jax.shard_map(run, mesh=model.mesh, in_specs=in_specs, out_specs=(batch, cache_specs))(
+        params, inputs, cache
+    )
 
 
 def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tail):
