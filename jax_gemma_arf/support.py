@@ -85,16 +85,18 @@ def device_facts(client: object) -> DeviceFacts:
     )
 
 
-def axis_names(axis_name: AxisName, mesh: AnyMesh) -> tuple[str, ...]:
-    """axis_name as a tuple, after checking that it names different axes of the mesh.
+def axis_names(
+    axis_name: AxisName, mesh: AnyMesh, argument: str = "axis_name"
+) -> tuple[str, ...]:
+    """Returns axis_name as a tuple, after checking that it names different axes of the mesh.
 
     Raises:
-      ValueError: if it does not.
+      ValueError: if it does not; the error calls it argument.
     """
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     if not names or len(set(names)) != len(names) or not set(names) <= set(mesh.axis_names):
         raise ValueError(
-            f"axis_name must name one or several different axes of the mesh {mesh.axis_names}, "
+            f"{argument} must name one or several different axes of the mesh {mesh.axis_names}, "
             f"got {axis_name!r}"
         )
     return names

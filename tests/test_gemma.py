@@ -198,8 +198,24 @@ def test_unknown_model(mesh):
 def test_missing_axis(mesh):
     with pytest.raises(ValueError, match=r"axes of the mesh.*got 'model'"):
         tensor_parallel(gemma_models.official("31B"), mesh, "model")
+    with pytest.raises(ValueError, match=r"batch_axis_name must name .*got 'dp'"):
+        tensor_parallel(gemma_models.official("31B"), mesh, batch_axis_name="dp")
     with pytest.raises(ValueError, match="must not share axes"):
         tensor_parallel(gemma_models.official("31B"), mesh, batch_axis_name="tp")
+
+
+@pytest.mark.parametrize("wrong", [None, "tp", jax.devices])
+def test_no_mesh(wrong):
+    with pytest.raises(TypeError, match=r"mesh must be a jax\.sharding\.Mesh, such as .*, got "):
+        tensor_parallel(gemma_models.official("31B"), wrong)
+
+
+def test_missing_layer(mesh):
+    model = tensor_parallel(gemma_models.official("31B"), mesh)
+    host = gemma_models.params("31B", 1)
+    params = jax.device_put(host, param_shardings(model, host))
+    with pytest.raises(ValueError, match=r"hold the 2 layers .*got none for layer_1; is the check"):
+        model.apply({"params": params}, sizes.tokens())
 
 
 @pytest.mark.parametrize(

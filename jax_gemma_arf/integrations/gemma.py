@@ -16,9 +16,11 @@ vocabulary, attention in a decode step (_gemma_decode.py), and the experts.
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import gemma
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -33,10 +35,14 @@ from jax.sharding import PartitionSpec as P
 from kauldron import kd
 
 from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_ff, fused_sandwich
+from jax_gemma_arf.integrations import _gemma_wrappers as wrappers
 from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
 from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
 from jax_gemma_arf.vocabulary import lookup
+
+#: Releases of the package whose blocks were compared with those restated here.
+TESTED_VERSIONS = ("4.0.1", "4.1.0")
 
 # Up to this number of tokens, whose activations of all experts then take 0.75 GB, every token is
 # multiplied by every expert. XLA's ragged_dot does as much, and transposes all weights before it: a
@@ -64,7 +70,33 @@ _SHARDED_AXIS = {
     ("mlp", "gating_einsum", "w"): 2,
     ("mlp", "linear", "w"): 1,
 }
+_SHARDED_AXIS |= wrappers.sharded_axes(_SHARDED_AXIS)
+# The same of the vision encoder, which the compiler partitions: by the end of the path, and counted
+# from the end of the shape, since Gemma 4 stacks the layers. SigLIP in Gemma 3, then Gemma 4.
+_VISION_AXIS = {
+    **{(name, leaf): -2 for name in ("query", "key", "value") for leaf in ("kernel", "bias")},
+    ("out", "kernel"): -3,
+    ("Dense_0", "kernel"): -1,
+    ("Dense_0", "bias"): -1,
+    ("Dense_1", "kernel"): -2,
+    **{(name, "w"): -3 for name in ("q_einsum", "kv_einsum", "attn_vec_einsum")},
+    ("gating_einsum", "w"): -2,
+    ("linear", "w"): -2,
+}
 _KV_PROJECTIONS = ("k_einsum", "kv_einsum")
+
+
+def _warn_if_untested(version: str) -> None:
+    if version not in TESTED_VERSIONS:
+        warnings.warn(
+            f"gemma {version} is not a release that jax_gemma_arf.integrations.gemma was tested "
+            f"with ({', '.join(TESTED_VERSIONS)}). Parts of its models are restated here, and may "
+            "have changed: compare the logits with those of the official model",
+            stacklevel=3,
+        )
+
+
+_warn_if_untested(gemma.__version__)
 
 
 def tensor_parallel[Model: nn.Module](
@@ -87,17 +119,18 @@ def tensor_parallel[Model: nn.Module](
 
     Args:
       model: an instance of ``gm.nn.Gemma2_*``, ``Gemma3_*``, ``Gemma4_*`` or of a Transformer of
-        one's own with their config. Its quantised and LoRA wrappers are not supported.
+        one's own with their config; or one of them in ``gm.nn.LoRA`` or ``gm.nn.IntWrapper``, which may as
+        well be put around the result.
       mesh: the mesh; its axes are used as in Auto mode, all of them manual in the blocks.
       axis_name: its axis (or axes) of tensor parallelism.
       batch_axis_name: an axis (or axes) over which tokens and caches are sharded along the batch.
       implementation: as in :func:`jax_gemma_arf.fused_post_ff`.
 
     Returns:
-      An instance of a subclass of ``type(model)``.
+      An instance of a subclass of ``type(model)``; of a wrapper, the same around such a model.
 
     Raises:
-      TypeError: if the model's class is none of these.
+      TypeError: if the model's class is none of these, or mesh is no Mesh.
       ValueError: if the mesh lacks an axis, if the axis does not fit the numbers of heads, KV heads
         or hidden units (the error says which, and what sizes would), or if the model has no
         post-attention and post-FF norms (Gemma 1).
@@ -107,17 +140,31 @@ def tensor_parallel[Model: nn.Module](
       >>> param_shardings(model)["layer_0"]["mlp"]["linear"].spec
       P('tp',)
     """
+    if isinstance(model, wrappers.WRAPPERS) and not isinstance(model.model, wrappers.WRAPPERS):
+        inner = tensor_parallel(
+            model.model,
+            mesh,
+            axis_name,
+            batch_axis_name=batch_axis_name,
+            implementation=implementation,
+        )
+        return model.clone(model=inner)
     cls = type(model)
     if not issubclass(cls, tuple(_SCALE_OFFSET)) or issubclass(cls, _gemma3n.Gemma3nTransformer):
         raise TypeError(
-            "model must be an official Gemma 2, 3 or 4 Transformer (gm.nn.Gemma3_270M(), "
-            f"gm.nn.Gemma4_31B(), ...), got {cls.__module__}.{cls.__qualname__}"
+            "model must be an official Gemma 2, 3 or 4 Transformer, in one wrapper at most "
+            f"(gm.nn.Gemma4_31B(), gm.nn.LoRA(model=gm.nn.Gemma3_4B(), rank=4), ...), got {cls.__module__}.{cls.__qualname__}"
         )
     if isinstance(model, _TensorParallel):
         raise TypeError("model is tensor parallel already; pass the official one")
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            'mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ("tp",)), got '
+            f"{type(mesh).__name__}"
+        )
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     names = axis_names(axis_name, mesh)
-    batch = () if batch_axis_name is None else axis_names(batch_axis_name, mesh)
+    batch = () if batch_axis_name is None else axis_names(batch_axis_name, mesh, "batch_axis_name")
     if overlap := set(names) & set(batch):
         raise ValueError(f"axis_name and batch_axis_name must not share axes, got {overlap}")
     _check_config(cls.__name__, model.config, names, group_size(mesh, names))
@@ -148,8 +195,11 @@ def param_shardings(model: nn.Module, params: Any = None) -> Any:
       TypeError: if model is not from tensor_parallel.
       ValueError: if params is not the tree that ``model.apply({"params": params}, ...)`` takes.
     """
-    if not isinstance(model, _TensorParallel):
-        raise TypeError(f"model must come from tensor_parallel, got {type(model).__qualname__}")
+    transformer = wrappers.unwrap(model)
+    if not isinstance(transformer, _TensorParallel):
+        raise TypeError(
+            f"model must come from tensor_parallel, got {type(transformer).__qualname__}"
+        )
     if params is None:
         tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -160,7 +210,9 @@ def param_shardings(model: nn.Module, params: Any = None) -> Any:
             'names with flax.traverse_util.unflatten_dict(params, sep="/")'
         )
     return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(model.mesh, model.param_spec(_keys(path), leaf.shape)),
+        lambda path, leaf: NamedSharding(
+            transformer.mesh, transformer.param_spec(_keys(path), leaf.shape)
+        ),
         params,
     )
 
@@ -230,11 +282,18 @@ def _subclass(cls: type) -> type:
             size = group_size(self.mesh, self.tp_axes)
             if path[0] == "embedder" and path[-1] in ("input_embedding", "per_layer_embeddings"):
                 return P(self.tp_axes) if shape[0] % size == 0 else P()
+            if path[0] == "vision_encoder":
+                axis = _VISION_AXIS.get(path[-2:])
+                if axis is None or shape[axis] % size:
+                    return P()
+                return P(*(None,) * (len(shape) + axis), self.tp_axes)
             axis = _SHARDED_AXIS.get(path[1:]) if path[0].startswith("layer_") else None
-            if axis is None or (path[2] in _KV_PROJECTIONS and shape[axis] < size):
+            if axis is None:
                 return P()
-            if path[1:] == ("mlp", "gating_einsum"):  # [2, hidden_dim, D], or the other way around
+            if axis == 1 and path[2].endswith("gating_einsum"):  # [2, hidden_dim, D] or [2, D, ...]
                 axis = 1 if getattr(self.config, "transpose_gating_einsum", True) else 2
+            if shape[axis] < size:  # KV heads that several ranks share, or a scale that all share
+                return P()
             return P(*(None,) * axis, self.tp_axes)
 
         def batch_spec(self, batch: int) -> P:
@@ -273,6 +332,8 @@ def _subclass(cls: type) -> type:
 
         @functools.wraps(cls.__call__)
         def __call__(self, *args, **kwargs):
+            if wrappers.check_active() and not self.is_initializing():  # apply was the wrapper's
+                _check_placement(self, self.variables.get("params", {}))
             with nn.intercept_methods(functools.partial(_vocabulary_parallel, self)):
                 return super().__call__(*args, **kwargs)
 
@@ -295,13 +356,15 @@ def _copies(model, kv_heads: int) -> int:
 class _Layer:
     """One block's official modules at this rank's sizes; their outputs are partial sums.
 
-    experts: the routed experts of a block that has them beside its mlp. kv_source: the layer whose
+    experts: the routed experts of a block that has them beside its mlp. per_layer: the whole gate
+    and projection of its per-layer input, if it has one. kv_source: the layer whose
     keys and values this one uses, or None. mask: the name of its attention mask in the inputs.
     """
 
     attention: nn.Module
     mlp: nn.Module
     experts: nn.Module | None
+    per_layer: tuple[nn.Module, nn.Module] | None
     kv_source: str | None
     mask: str
 
@@ -335,6 +398,9 @@ def _layers(model) -> list[_Layer]:
                 attention=attention,
                 mlp=local(mlp, "hidden_dim"),
                 experts=local(block.mlp, "hidden_dim") if moe else None,
+                per_layer=(local(block.per_layer_input_gate), local(block.per_layer_projection))
+                if getattr(block, "per_layer_input_dim", 0)
+                else None,
                 kv_source=None if sharing[i] == i else f"layer_{sharing[i]}",
                 mask="sliding_attention_mask" if sliding else "attention_mask",
             )
@@ -401,7 +467,13 @@ def _logits_on_mesh(model, table, x):
 def _run_blocks_on_mesh(model, inputs, cache):
     """Blocks and final norm: what _apply_attention returns, from the inputs that it takes."""
     params = model.variables["params"]
-    params = {key: params[key] for key in params if key.startswith(("layer_", "final_norm"))}
+    names = [*(f"layer_{i}" for i in range(model.config.num_layers)), "final_norm"]
+    if missing := [name for name in names if name not in params]:
+        raise ValueError(
+            f"the parameters must hold the {model.config.num_layers} layers of the model and "
+            f"final_norm, got none for {', '.join(missing)}; is the checkpoint of another model?"
+        )
+    params = {name: params[name] for name in names}
     _check_cache(model, cache)
     batch = model.batch_spec(inputs.embeddings.shape[0])
     cache_specs = jax.tree.map(lambda sharding: sharding.spec, model.cache_shardings(cache))
@@ -447,19 +519,20 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
         attention, layer_cache = layer.attention, old_cache.get(name)
         shared = None if layer.kv_source is None else new_cache[layer.kv_source]
         weights = _own_kv_heads(p["attn"], attention.num_kv_heads, axis_name)
-        if tokens == 1 and layer_cache is not None:
+        if tokens == 1 and layer_cache is not None and _is_plain(weights):
             layer_cache, attended = decode_attention(
                 attention, weights, normed, inputs.positions, layer_cache, mask, shared
             )
         else:
             layer_cache, attended = attention.apply(
                 {"params": weights},
-                normed,
+                normed[:batch],
                 inputs.positions,
                 layer_cache,
                 mask,
                 **({} if shared is None else {"kv_shared_cache": shared}),
             )
+            attended = jnp.broadcast_to(attended, normed.shape)  # both rows of a batch of one
         new_cache[name] = layer_cache
         feed_forward = _dense_half if layer.experts is None else _moe_half
         per_layer_input = None if per_layer_inputs is None else per_layer_inputs[..., i, :]
@@ -467,6 +540,12 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
             layer, p, attended, h, batch, per_layer_input, next_scales[i + 1], tail
         )
     return normed[:batch], None if cache is None else new_cache
+
+
+def _is_plain(attention) -> bool:
+    """Returns whether the parameters of an attention module are its own, not a wrapper's."""
+    einsums = (params for name, params in attention.items() if name.endswith("_einsum"))
+    return all(params.keys() == {"w"} for params in einsums)
 
 
 def _two_rows(tree):
@@ -495,10 +574,12 @@ def _dense_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail)
             partial_sums, h, norm_scale, layer_scalar, next_norm_scale=next_scale, **tail
         )
     h = fused_post_ff(partial_sums, h, norm_scale, **tail)
-    gated = nn.gelu(h @ p["per_layer_input_gate"]["w"]) * per_layer_input
+    gate, projection = layer.per_layer
+    gated = gate.apply({"params": p["per_layer_input_gate"]}, "...D,DP->...P", h)
+    gated = nn.gelu(gated) * per_layer_input
     # Else XLA would compute the gelu again in every tile of the next matmul.
     gated = jax.lax.optimization_barrier(gated)
-    update = gated @ p["per_layer_projection"]["w"]
+    update = projection.apply({"params": p["per_layer_projection"]}, "...P,PD->...D", gated)
     h = (h + rmsnorm(update, p["post_per_layer_input_norm"]["scale"])) * layer_scalar
     return h, rmsnorm(h, next_scale)
 
@@ -570,11 +651,9 @@ def _own_kv_heads(attn, local_heads: int, axis_name):
     """
 
     def own(path, w):
-        name = _keys(path)[0]
-        if name not in _KV_PROJECTIONS:
-            return w
-        axis = _SHARDED_AXIS["attn", name, "w"]
-        if w.shape[axis] == local_heads:
+        keys = _keys(path)
+        axis = _SHARDED_AXIS.get(("attn", *keys))
+        if axis is None or keys[0] not in _KV_PROJECTIONS or w.shape[axis] in (1, local_heads):
             return w
         head = jax.lax.axis_index(axis_name) * w.shape[axis] // jax.lax.axis_size(axis_name)
         return jax.lax.dynamic_slice_in_dim(w, head, 1, axis)

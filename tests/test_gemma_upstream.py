@@ -1,0 +1,110 @@
+"""The official code that the integration restates, so that no change of it passes unnoticed."""
+
+import ast
+import hashlib
+import inspect
+import textwrap
+import warnings
+
+import gemma
+import gemma_models
+import jax
+import numpy as np
+import pytest
+from gemma.gm.nn import _modules, _transformer
+from gemma.gm.nn.gemma4 import _modules as gemma4_modules
+from gemma.gm.nn.gemma4 import _moe
+from gemma.gm.nn.gemma4 import _transformer as gemma4_transformer
+from gemma_models import off
+
+from jax_gemma_arf.integrations import gemma as integration
+
+# Digests of the code in gemma 4.0.1 and, where it differs, 4.1.0.
+RESTATED = {
+    "_run_blocks": {
+        _transformer.Transformer._apply_attention: ["9ed41fef"],
+        _modules.Block.__call__: ["ac279f20"],
+        gemma4_transformer.Transformer._apply_attention: ["ed575122", "4bcb2909"],
+        gemma4_modules.Block.__call__: ["820dc1c6", "1ef27780"],
+    },
+    "_dense_half": {gemma4_modules.Block._forward_dense: ["fc06518d"]},
+    "_moe_half": {
+        gemma4_modules.Block._forward_moe: ["2e4f86c3", "66b9706a"],
+        _moe.MoERagged.__call__: ["f214e851", "5de011c7"],
+    },
+    "_experts_without_ragged_dot": {_moe.MoERagged._run_ffw_and_routing: ["09e5ac1d"]},
+    "_vocabulary_parallel": {
+        _modules.Embedder.encode: ["32e9a409"],
+        _modules.Embedder.decode: ["dfc0ce6c"],
+        gemma4_modules.Embedder.encode: ["32e9a409"],
+        gemma4_modules.Embedder.decode: ["dfc0ce6c"],
+    },
+    "_per_layer_input": {gemma4_modules.Embedder.encode_per_layer_input: ["b3f9609c"]},
+    "decode_attention": {
+        _modules.Attention.__call__: ["ce183c6d"],
+        gemma4_modules.Attention.__call__: ["c7217019", "c19791ab"],
+    },
+}
+
+
+def digest(function) -> str:
+    """Returns a digest of a function's code, without comments, docstring and layout."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    (definition,) = tree.body
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:8]
+
+
+@pytest.mark.parametrize("name", RESTATED)
+def test_restated_code(name):
+    assert callable(getattr(integration, name))
+    for function, digests in RESTATED[name].items():
+        assert digest(function) in digests, (
+            f"{function.__module__}.{function.__qualname__} of gemma {gemma.__version__} is not the "
+            f"code that {name} of the integration restates: compare the two, run "
+            "test_gemma_parity.py, then add the digest here and the version to TESTED_VERSIONS"
+        )
+
+
+def test_untested_version():
+    with pytest.warns(UserWarning, match=r"gemma 9\.9\.9 .*\(4\.0\.1, .*compare the logits"):
+        integration._warn_if_untested("9.9.9")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        integration._warn_if_untested(gemma.__version__)
+
+
+def test_router_of_the_stream(mesh, monkeypatch):
+    """gemma 4.1.0 routes by the residual stream where 4.0.1 routes by its norm."""
+
+    class MoERagged(_moe.MoERagged):
+        def __call__(self, x, unnormalized_x=None):
+            router_input = self.router_norm(x if unnormalized_x is None else unnormalized_x)
+            router_input *= jax.lax.rsqrt(np.float32(self.features)) * self.router_scale
+            weights, choices = self._router(self.router_logits("gsd,de->gse", router_input))
+            return self._run_ffw_and_routing(x, choices, weights)
+
+    class Block(gemma4_modules.Block):
+        def _forward_moe(self, attn_output):
+            dense = self.post_ffw2_norm(self.mlp2(self.pre_ffw2_norm(attn_output)))
+            experts = self.mlp(self.pre_ffw_norm(attn_output), unnormalized_x=attn_output)
+            return self.post_ffw_norm(dense + self.post_ffw1_norm(experts))
+
+    official = gemma_models.official("26B", 1)
+    host = gemma_models.params("26B", 1, plain_router=False)
+
+    def logits(model, params):
+        jax.clear_caches()  # of Flax's jit, which does not know that the official code changed
+        gemma_models.apply.cache_clear()
+        return gemma_models.prefill(model, params)["logits"]
+
+    by_norm = logits(official, host)
+    monkeypatch.setattr(_moe, "MoERagged", MoERagged)
+    monkeypatch.setattr(gemma4_modules, "Block", Block)
+    expected = logits(official, host)
+    model = integration.tensor_parallel(official, mesh)
+    params = jax.device_put(host, integration.param_shardings(model, host))
+    assert off(logits(model, params), expected) < 2e-5
+    if "unnormalized_x" not in inspect.signature(_moe.MoE.__call__).parameters:
+        assert off(by_norm, expected) > 1e-3
