@@ -23,11 +23,13 @@ model() {  # SECONDS ARGUMENT...; where the gemma package or its copy (gather_ge
   fi
 }
 
+has_flashinfer() { python3 -P -c "import jax_gemma_arf._flashinfer" 2> /dev/null; }
+
 run_report() { step 60 python3 -P -m jax_gemma_arf; }  # -P: the installed package, not this tree
 run_test() {  # in processes of their own: loopback fills a GPU with the workspaces of all ranks
   step 600 pytest -q -k loopback tests
   step 600 pytest -q -k multi_gpu tests
-  JAX_GEMMA_ARF_RECORD=1 step 600 pytest -q -k "multi_gpu or neighbours" tests
+  JAX_GEMMA_ARF_RECORD=0 step 600 pytest -q -k "multi_gpu or neighbours" tests
 }
 run_stress() {
   local ranks
@@ -37,12 +39,22 @@ run_stress() {
   if ((gpus > 1)); then
     step 300 python3 tests/stress.py --mesh --calls 1000000 --seconds 200
   fi
+  if has_flashinfer; then
+    for ranks in 2 4 8; do
+      step 120 python3 tests/stress.py --implementation flashinfer --ranks "$ranks" \
+        --calls 1000000 --seconds 60
+    done
+  fi
 }
 run_sanitize() {
   local tool
   for tool in memcheck racecheck initcheck synccheck; do
     step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kns=FusedTail \
       python3 tests/sanitize.py
+    if has_flashinfer; then
+      step 180 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        --kernel-name kns=allreduce_fusion python3 tests/sanitize.py --implementation flashinfer
+    fi
   done
 }
 run_op() {  # loopback where there is one GPU, here and below
