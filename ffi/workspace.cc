@@ -140,7 +140,8 @@ std::string RankWorkspace::Allocate(cudaStream_t stream) {
     failure = Describe(cudaMalloc(reinterpret_cast<void**>(&base_), layout.total),
                        "no " + std::to_string(layout.total) +
                            " bytes of device memory outside JAX's own pool (lower "
-                           "XLA_PYTHON_CLIENT_MEM_FRACTION)");
+                           "XLA_PYTHON_CLIENT_MEM_FRACTION, or call jax_gemma_arf.reserve at "
+                           "start-up)");
   }
   if (!failure.empty()) return failure;
   cudaError_t error = cudaMemsetAsync(base_, 0, layout.front_guard, stream);

@@ -10,6 +10,8 @@ from jax_gemma_arf.fused_ops import fused_post_ff as fused_post_ff
 from jax_gemma_arf.fused_ops import fused_sandwich as fused_sandwich
 from jax_gemma_arf.lowering import DISABLED_EXPORT_CHECKS as DISABLED_EXPORT_CHECKS
 from jax_gemma_arf.lowering import SAVED_SUMS as SAVED_SUMS
+from jax_gemma_arf.memory import reserve as reserve
+from jax_gemma_arf.memory import workspace_bytes as workspace_bytes
 from jax_gemma_arf.processes import initialize as initialize
 from jax_gemma_arf.reference import reference_post_ff as reference_post_ff
 from jax_gemma_arf.row_parallel import Projection as Projection

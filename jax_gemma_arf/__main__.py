@@ -6,7 +6,7 @@ import importlib.metadata
 import jax
 import jax.numpy as jnp
 
-from jax_gemma_arf import __version__, extension, fusion_support
+from jax_gemma_arf import __version__, extension, fusion_support, workspace_bytes
 from jax_gemma_arf.support import AXIS_SIZES
 
 GEMMA4_HIDDEN = {"E2B": 1536, "E4B": 2560, "26B-A4B": 2816, "31B": 5376}
@@ -27,6 +27,7 @@ def main() -> None:
     if not arguments.extension:
         print_devices()
         print_decisions()
+        print_memory()
 
 
 def describe_extension() -> str:
@@ -77,6 +78,21 @@ def print_decisions() -> None:
                 support = fusion_support((tokens, hidden), jnp.bfloat16, mesh=mesh, axis_name="tp")
                 kernel = "kernel" if support.ok else "psum  "
                 print(f"  {model:8} D = {hidden}, {tokens:4} tokens: {kernel} ({support.reason})")
+
+
+def print_memory() -> None:
+    """Device memory of workspaces for the four Gemma 4 sizes, bfloat16, by ranks."""
+    if extension.load() is None:
+        return
+    print("workspaces for calls of up to 8192 tokens, bfloat16, MB on each GPU:")
+    print("           " + "".join(f"{size:6} ranks" for size in AXIS_SIZES))
+    for model, hidden in GEMMA4_HIDDEN.items():
+        cells = []
+        for size in AXIS_SIZES:
+            options = {"mesh": jax.sharding.AbstractMesh((size,), ("tp",)), "axis_name": "tp"}
+            options["branches"] = 2 if model == "26B-A4B" else 1
+            cells.append(workspace_bytes(8192, hidden, jnp.bfloat16, **options) / 1e6)
+        print(f"  {model:9}" + "".join(f"{megabytes:12.0f}" for megabytes in cells))
 
 
 def _installed(name: str) -> bool:
