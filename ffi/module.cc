@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -69,6 +70,36 @@ std::vector<std::vector<bool>> NvlinkPeers() {
   return peers;
 }
 
+// Maps memory of other processes of this host, as RankWorkspace::Connect will. gather(bytes) sends
+// bytes to every process of the job and returns what the others of this host sent. All processes call
+// it twice, whatever fails: to exchange handles, and to keep the memory until all have mapped it.
+// Returns the first CUDA error, or 0.
+int TryIpc(int device, const nb::callable& gather) {
+  int current = 0;
+  void* base = nullptr;
+  cudaIpcMemHandle_t mine = {};
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaMalloc(&base, sizeof(mine));
+  if (error == cudaSuccess) error = cudaIpcGetMemHandle(&mine, base);
+  const nb::bytes message(&mine, sizeof(mine));
+  for (const nb::handle& sent : gather(message)) {
+    const auto bytes = nb::cast<nb::bytes>(sent);
+    cudaIpcMemHandle_t peer = {};
+    std::memcpy(&peer, bytes.data(), sizeof(peer));
+    void* mapped = nullptr;
+    if (error == cudaSuccess) {
+      error = cudaIpcOpenMemHandle(&mapped, peer, cudaIpcMemLazyEnablePeerAccess);
+    }
+    if (mapped != nullptr) error = cudaIpcCloseMemHandle(mapped);
+  }
+  gather(message);
+  if (base != nullptr) cudaFree(base);
+  cudaSetDevice(current);
+  (void)cudaGetLastError();
+  return error;
+}
+
 int64_t WorkspaceBytes(bool one_shot, int nranks, int64_t message_bytes) {
   const KernelKind kind{one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot, Dtype::kBFloat16,
                         nranks, 1};
@@ -118,6 +149,8 @@ NB_MODULE(JAX_GEMMA_ARF_MODULE, module) {
              "Stages that the mesh target is registered with; none before a runtime has asked.");
   module.def("nvlink_peers", &NvlinkPeers,
              "Matrix over CUDA devices: whether one reaches the other's memory over NVLink.");
+  module.def("try_ipc", &TryIpc, nb::arg("device"), nb::arg("gather"),
+             "CUDA error of mapping memory of the host's other processes, or 0.");
   module.def("enqueued_launches", &EnqueuedLaunches,
              "Launches enqueued, captured or recorded so far; a replayed CUDA graph adds none.");
   module.def("recorded_launches", &RecordedLaunches,

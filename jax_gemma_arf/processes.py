@@ -33,6 +33,8 @@ class ProcessFacts:
     flashinfer: int  # whether FlashInfer's kernels were built, too
     nvlinked: int  # whether all GPUs it sees reach each other over NVLink
     visible_gpus: int
+    # CUDA error of mapping memory of the host's other processes, or 0; initialize tries it.
+    ipc_error: int = dataclasses.field(default=0, kw_only=True)
     disabled: int
 
 
@@ -43,14 +45,49 @@ def initialize() -> None:
     """Lets the kernel run in a job of several processes.
 
     Call it once in every process, after ``jax.distributed.initialize()`` and before a fused
-    operation is first lowered. It gathers what each process can do, so that all decide alike; until
-    then every call of such a job is psum and the tail. In a job of one process it does nothing.
+    operation is first lowered. It gathers what each process can do, and whether the processes of a
+    host can map each other's GPU memory, so that all decide alike; until then every call of such a
+    job is psum and the tail. In a job of one process it does nothing.
     """
     global _gathered  # noqa: PLW0603
     if jax.process_count() == 1:
         return
-    mine = np.array(dataclasses.astuple(own_facts()), np.uint32)
-    _gathered = [ProcessFacts(*map(int, row)) for row in _gather(mine)]
+    mine = dataclasses.asdict(own_facts())
+    rows = _gather(np.array([*mine.values()], np.uint32))
+    facts = [ProcessFacts(**dict(zip(mine, map(int, row)))) for row in rows]
+    errors = _gather(np.array([_ipc_error(facts)], np.uint32))
+    _gathered = [
+        dataclasses.replace(process, ipc_error=int(error))
+        for process, (error,) in zip(facts, errors)
+    ]
+
+
+def _ipc_error(facts: list[ProcessFacts]) -> int:
+    """Tries to map GPU memory of the host's other processes, which separate containers may forbid.
+
+    All processes try it or none does, since they exchange handles.
+
+    Args:
+      facts: of every process, by index.
+
+    Returns:
+      The CUDA error, or 0.
+    """
+    built = extension.load()
+    able = all(p.built and not p.disabled and p.version == facts[0].version for p in facts)
+    if built is None or not able or jax.default_backend() != "gpu":
+        return 0
+    index = jax.process_index()
+
+    def gather(message: bytes) -> list[bytes]:
+        rows = _gather(np.frombuffer(message, np.uint32))
+        return [
+            row.tobytes()
+            for i, row in enumerate(rows)
+            if i != index and facts[i].host == facts[index].host
+        ]
+
+    return built.try_ipc(jax.local_devices()[0].local_hardware_id, gather)
 
 
 def _gather(mine: np.ndarray) -> list[np.ndarray]:

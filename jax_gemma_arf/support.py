@@ -352,6 +352,12 @@ def _process_objections(
             )
         if not process.nvlinked:
             yield f"not every pair of GPUs has NVLink peer access (nvidia-smi topo -m){where}"
+        if process.ipc_error:
+            yield (
+                f"process {index} cannot map the GPU memory of its host's other processes (CUDA "
+                f"IPC, error {process.ipc_error}); run them in one container, or start their "
+                "containers with --ipc=host --pid=host"
+            )
     hosts = [known[owner].host for owner in owners]
     if any(len(set(group)) > 1 for group in _by_group(hosts, client, mesh, names)):
         yield (

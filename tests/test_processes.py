@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import signal
+import types
 
 import children
 import jax
@@ -17,7 +18,7 @@ from places import GRAPHS, NO_GRAPHS
 from runners import in_specs, make_mesh, mesh_call
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import processes
+from jax_gemma_arf import extension, processes
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 
@@ -155,6 +156,32 @@ def test_processes_of_different_sizes(disable_jit):
     assert "switched off by JAX_GEMMA_ARF_DISABLE" in first[2]
 
 
+@pytest.mark.parametrize("unable", [{"disabled": 1}, {"built": 0}, {"version": 8}])
+def test_all_try_ipc_or_none_does(monkeypatch, unable):
+    """Each opens the handles of its own host's processes; one that does not try would leave the
+    others waiting in the exchange."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(local_hardware_id=3)])
+    sent = [b"handle of %d." % i for i in range(3)]
+    monkeypatch.setattr(
+        processes, "_gather", lambda _: [np.frombuffer(message, np.uint32) for message in sent]
+    )
+    tried = []
+
+    def try_ipc(device, gather):
+        tried.append((device, gather(sent[0])))
+        return 201
+
+    stand_in = types.SimpleNamespace(try_ipc=try_ipc)
+    monkeypatch.setattr(extension, "load", lambda: stand_in)
+    facts = processes.ProcessFacts(1, 7, built=1, nvlinked=1, visible_gpus=4, disabled=0)
+    elsewhere = dataclasses.replace(facts, host=2)
+    assert processes._ipc_error([facts, facts, elsewhere]) == 201
+    assert tried == [(3, sent[1:2])]
+    assert processes._ipc_error([facts, dataclasses.replace(facts, **unable)]) == 0
+    assert len(tried) == 1
+
+
 def test_initialize_alone(monkeypatch):
     """In a job of one process there is nobody to ask."""
 
@@ -164,6 +191,14 @@ def test_initialize_alone(monkeypatch):
     monkeypatch.setattr(processes, "_gather", nobody)
     jga.initialize()
     assert processes.known(1) == [processes.own_facts()]
+
+
+def test_a_handle_that_cannot_be_opened(built):
+    """What fails in one process, it still exchanges as often as the others."""
+    sent = []
+    assert built.try_ipc(0, lambda message: sent.append(message) or [bytes(64)]) != 0
+    assert len(sent) == 2
+    assert len(sent[0]) == 64
 
 
 # One GPU. The processes take turns on it, some milliseconds each.
@@ -290,6 +325,37 @@ def test_multi_gpu_processes(built, require_gpus, gpus_each):
     pair = [children.Child(on_gpus, address, index, gpus_each) for index in range(2)]
     for child in children.run_together(pair, seconds=110):
         assert child.check().stdout.endswith("right\n")
+
+
+def without_ipc(coordinator: str, index: int) -> None:
+    join(coordinator, 2, index, [index])
+    real = extension.load().try_ipc
+
+    def foreign(device, gather):
+        """As in separate containers: process 1 gets handles that it cannot open."""
+        return real(device, lambda message: [bytes(len(b)) for b in gather(message)])
+
+    if index == 1:
+        extension.load().try_ipc = foreign
+    jga.initialize()
+    print(f"\nresult: {processes.known(2)[1].ipc_error > 0}", flush=True)
+    support = jga.fusion_support((1, 640), BF16, mesh=mesh_over_all(), axis_name="tp")
+    print(f"\nresult: {support}", flush=True)
+
+
+def test_peers_whose_memory_cannot_be_mapped(built, require_gpus):
+    """Two processes of one GPU each: both fall back, with the reason."""
+    require_gpus(2)
+    address = children.coordinator()
+    pair = [children.Child(without_ipc, address, i) for i in range(2)]
+    first, second = (
+        re.findall(r"^result: (.*?) *$", child.check().stdout, flags=re.MULTILINE)
+        for child in children.run_together(pair, seconds=100)
+    )
+    assert first == second
+    assert first[0] == "True"
+    assert "ok=False" in first[1]
+    assert "process 1 cannot map" in first[1]
 
 
 def with_a_peer_that_dies(coordinator: str, index: int, options: dict[str, str]) -> None:

@@ -177,6 +177,7 @@ def gathered(monkeypatch, *facts):
         ({"nvlinked": 0}, r"NVLink peer access .* \(process 1\)"),
         ({"visible_gpus": 2}, "process 1 sees 2 of its host's 4 GPUs.*local_device_ids"),
         ({"visible_gpus": 0}, r"CUDA runtime finds no GPU .* driver is older.*\(process 1\)"),
+        ({"ipc_error": 201}, r"process 1 cannot map .*\(CUDA IPC, error 201\); run them in one"),
         ({"disabled": 1}, "switched off by JAX_GEMMA_ARF_DISABLE"),
     ],
 )
