@@ -377,8 +377,7 @@ Error MakeReady(Call& call, int32_t device, void* communicator, const ffi::Remai
   }
 
   // All blocks of all ranks on a device must be resident together: they wait for each other.
-  int max_ctas =
-      std::min<int>(agreement->resident_ctas / ranks.size(), kImplementation.max_ctas);
+  int max_ctas = std::min<int>(agreement->resident_ctas / ranks.size(), kImplementation.max_ctas);
   if (call.max_ctas > 0) max_ctas = std::min(max_ctas, call.max_ctas);
   if (max_ctas < kLeastCtas) {
     return Internal("the device holds " + std::to_string(agreement->resident_ctas) +

@@ -19,14 +19,15 @@ struct Target {
   XLA_FFI_Handler* execute;
 };
 
-// The mesh target runs one rank a device. The loopback target runs all ranks that this process holds
-// on one device, on streams of their own; partial sums and results have a leading axis of ranks.
-// "jax_gemma_arf.register_tail", of a programmatic implementation, is not to be called; when it is
-// registered, it registers the mesh target in the same runtime.
+// The mesh target runs one rank a device. The loopback target runs all ranks that this process
+// holds on one device, on streams of their own; partial sums and results have a leading axis of
+// ranks. "jax_gemma_arf.register_tail", of a programmatic implementation, is not to be called; when
+// it is registered, it registers the mesh target in the same runtime.
 std::vector<Target> Targets();
 
 // Whether kernels are launched programmatically and the mesh target gets a record handler, if the
-// implementation is programmatic. No if never set; to be set before the registration of that target.
+// implementation is programmatic. No if never set; to be set before the registration of that
+// target.
 void SetRecord(bool enabled);
 
 // The stages that the register target has registered the mesh target with; none before a runtime

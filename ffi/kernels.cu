@@ -283,11 +283,13 @@ const void* KernelOf(const KernelKind& kind) {
   }
 }
 
-const Implementation kImplementation = {
-    "jax_gemma_arf.tail", "jax_gemma_arf.loopback_tail",
-    "jax_gemma_arf.Call", /*programmatic=*/true,
-    /*slots_by_item_size=*/false, kMaxBranches,
-    kMaxCtas};
+const Implementation kImplementation = {"jax_gemma_arf.tail",
+                                        "jax_gemma_arf.loopback_tail",
+                                        "jax_gemma_arf.Call",
+                                        /*programmatic=*/true,
+                                        /*slots_by_item_size=*/false,
+                                        kMaxBranches,
+                                        kMaxCtas};
 
 // One-shot keeps two messages of every rank; two-shot two messages and the finished rows.
 int64_t SlotBytes(const SlotSpec& spec) {

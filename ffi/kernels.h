@@ -43,13 +43,13 @@ __host__ __device__ constexpr int OwnScales(int branches) {
 
 // What an implementation is called, and what it can do.
 struct Implementation {
-  const char* mesh_target;      // names of the custom calls
+  const char* mesh_target;  // names of the custom calls
   const char* loopback_target;
-  const char* call_type;        // name of the FFI type of a call's state
-  bool programmatic;            // may be launched programmatically, and recorded into graphs
-  bool slots_by_item_size;      // a workspace serves partial sums of one element size alone
+  const char* call_type;    // name of the FFI type of a call's state
+  bool programmatic;        // may be launched programmatically, and recorded into graphs
+  bool slots_by_item_size;  // a workspace serves partial sums of one element size alone
   int max_branches;
-  int max_ctas;                 // of a rank
+  int max_ctas;  // of a rank
 };
 extern const Implementation kImplementation;
 
@@ -146,7 +146,8 @@ cudaError_t ConnectSlots(const SlotSpec& spec, int rank, char* const* slots);
 // programmatic: the kernel may start before the kernel in front of it in the stream has ended.
 cudaError_t Enqueue(const Launch& launch, bool programmatic, cudaStream_t stream);
 
-// The code of one kernel of a programmatic implementation, for a runtime that launches it itself: a Launch is the only argument.
+// The code of one kernel of a programmatic implementation, for a runtime that launches it itself: a
+// Launch is the only argument.
 struct KernelCode {
   const char* name;   // mangled, in the image
   const void* image;  // fat binary of all kernels, for every architecture

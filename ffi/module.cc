@@ -71,9 +71,9 @@ std::vector<std::vector<bool>> NvlinkPeers() {
 }
 
 // Maps memory of other processes of this host, as RankWorkspace::Connect will. gather(bytes) sends
-// bytes to every process of the job and returns what the others of this host sent. All processes call
-// it twice, whatever fails: to exchange handles, and to keep the memory until all have mapped it.
-// Returns the first CUDA error, or 0.
+// bytes to every process of the job and returns what the others of this host sent. All processes
+// call it twice, whatever fails: to exchange handles, and to keep the memory until all have mapped
+// it. Returns the first CUDA error, or 0.
 int TryIpc(int device, const nb::callable& gather) {
   int current = 0;
   void* base = nullptr;

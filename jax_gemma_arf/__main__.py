@@ -23,7 +23,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     print(f"jax_gemma_arf {__version__}: {describe_extension()}")
-    print(f"implementation=\"flashinfer\": {describe_flashinfer()}")
+    print(f'implementation="flashinfer": {describe_flashinfer()}')
     if not arguments.extension:
         print_devices()
         print_decisions()

@@ -292,8 +292,7 @@ def _fused(
         raise ValueError(f"eps must be positive in float32, got {eps}")
     if implementation not in ("cuda", "flashinfer", "xla", None):
         raise ValueError(
-            'implementation must be "cuda", "flashinfer", "xla" or None, got '
-            f"{implementation!r}"
+            f'implementation must be "cuda", "flashinfer", "xla" or None, got {implementation!r}'
         )
     if implementation == "flashinfer":
         _check_flashinfer(operands)

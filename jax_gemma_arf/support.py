@@ -85,9 +85,7 @@ def device_facts(client: object) -> DeviceFacts:
     )
 
 
-def axis_names(
-    axis_name: AxisName, mesh: AnyMesh, argument: str = "axis_name"
-) -> tuple[str, ...]:
+def axis_names(axis_name: AxisName, mesh: AnyMesh, argument: str = "axis_name") -> tuple[str, ...]:
     """Returns axis_name as a tuple, after checking that it names different axes of the mesh.
 
     Raises:

@@ -25,7 +25,9 @@ CALLS = {
 
 
 def on_mesh(call, mesh):
-    return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False))
+    return jax.jit(
+        jax.shard_map(call, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+    )
 
 
 @pytest.fixture
@@ -62,9 +64,13 @@ def test_missing(monkeypatch, mesh, name):
     """The error says how to build it, at trace time; so does fusion_support."""
     monkeypatch.delitem(extension._modules, "flashinfer", raising=False)
     monkeypatch.setitem(extension._why_missing, "flashinfer", extension._BUILD_FLASHINFER)
-    with pytest.raises(NotImplementedError, match=r'"flashinfer": .*make flashinfer, or pip install'):
+    with pytest.raises(
+        NotImplementedError, match=r'"flashinfer": .*make flashinfer, or pip install'
+    ):
         on_mesh(CALLS[name], mesh).trace(X, SCALE)
-    with pytest.raises(NotImplementedError, match="loopback needs the extension: .*make flashinfer"):
+    with pytest.raises(
+        NotImplementedError, match="loopback needs the extension: .*make flashinfer"
+    ):
         ones = jnp.ones((2, 4, 640)), jnp.ones(640)
         jga.loopback.loopback_tail(Operands(ones[:1], ones[1:]), implementation="flashinfer")
 
@@ -122,6 +128,7 @@ def test_exports(flashinfer, mesh):
 def test_gemma_models_take_it(flashinfer):
     """Two calls a layer of a whole model."""
     import gemma_models  # noqa: PLC0415
+
     from jax_gemma_arf.integrations.gemma import tensor_parallel  # noqa: PLC0415
 
     mesh = make_mesh((2,), ("tp",), jax.devices("cpu")[:2])

@@ -1,13 +1,9 @@
 """Vision encoders, which the compiler partitions by the shardings of their parameters."""
 
-import re
-
 import gemma_models
 import gemma_sizes as sizes
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 from gemma.gm.nn.gemma4.vision import _encoder as gemma4_vision
 from gemma.gm.nn.vision import _vision, _vision_utils
 from gemma_models import off
@@ -56,7 +52,9 @@ def matmul_fraction(params) -> float:
         for path, leaf in jax.tree.leaves_with_path(params)
         if path[-1].key in ("kernel", "w") and "transformer" in jax.tree_util.keystr(path).lower()
     ]
-    return sum(w.addressable_shards[0].data.nbytes for w in weights) / sum(w.nbytes for w in weights)
+    return sum(w.addressable_shards[0].data.nbytes for w in weights) / sum(
+        w.nbytes for w in weights
+    )
 
 
 def test_siglip():

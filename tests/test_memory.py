@@ -73,9 +73,7 @@ def test_multi_gpu_reserve(built, require_gpus, branches):
             return jga.fused_all_reduce_norm(x, scale, **options)
         return jga.fused_moe_tail(x, x, x, scale, scale, scale, **options)
 
-    run = jax.jit(
-        jax.shard_map(call, mesh=mesh, in_specs=(P(),), out_specs=P(), check_vma=False)
-    )
+    run = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(P(),), out_specs=P(), check_vma=False))
     for tokens in (1, 6, 7, 100, 195, 196, 899, 900):
         out = np.asarray(run(jnp.ones((tokens, 5376), jnp.bfloat16)))
         assert np.isfinite(out.astype(np.float32)).all()

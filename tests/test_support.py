@@ -121,7 +121,9 @@ def test_cpu_platform(mesh):
 
 def test_not_built(monkeypatch):
     monkeypatch.setattr(extension, "load", lambda *_: None)
-    monkeypatch.setattr(extension, "why_missing", lambda *_: "the extension was not built (no nvcc)")
+    monkeypatch.setattr(
+        extension, "why_missing", lambda *_: "the extension was not built (no nvcc)"
+    )
     assert decide().reason == "the extension was not built (no nvcc)"
     assert decide(client=None).reason == "the extension was not built (no nvcc)"
 

@@ -1,9 +1,9 @@
 // FlashInfer's all-reduce kernels with the Gemma epilogue: the other implementation of kernels.h.
 //
-// FlashInfer (descended from TensorRT-LLM) separates the communication, one-shot Lamport or two-shot
-// with barriers, from what happens to a reduced row, `FusedOp<Pattern, T>`. The specialisation below
-// makes that the epilogue of our own kernels, where FlashInfer's patterns compute
-// rmsnorm(row + residual), which is a different function. Waits have no bound here.
+// FlashInfer (descended from TensorRT-LLM) separates the communication, one-shot Lamport or
+// two-shot with barriers, from what happens to a reduced row, `FusedOp<Pattern, T>`. The
+// specialisation below makes that the epilogue of our own kernels, where FlashInfer's patterns
+// compute rmsnorm(row + residual), which is a different function. Waits have no bound here.
 #include "flashinfer/comm/trtllm_allreduce_fusion.cuh"
 
 #include <array>
@@ -221,8 +221,8 @@ cudaError_t ConnectSlots(const SlotSpec& spec, int rank, char* const* slots) {
   cudaError_t error = cudaMemcpy(slots[rank] + layout.table, table.data(),
                                  table.size() * sizeof(void*), cudaMemcpyHostToDevice);
   if (error == cudaSuccess) {
-    error = cudaMemcpy(slots[rank] + layout.control, control, sizeof(control),
-                       cudaMemcpyHostToDevice);
+    error =
+        cudaMemcpy(slots[rank] + layout.control, control, sizeof(control), cudaMemcpyHostToDevice);
   }
   return error;
 }
