@@ -101,7 +101,7 @@ def reserve(
 
     def calls() -> tuple[Any, ...]:
         scale = jnp.ones(width, dtype)
-        options = {"axis_name": axis_name, "implementation": "cuda"}
+        options: dict[str, Any] = {"axis_name": axis_name, "implementation": "cuda"}
         outputs = []
         for size in sizes:
             x = jnp.ones((size.tokens, width), dtype)

@@ -1,4 +1,6 @@
-"""implementation="flashinfer": what needs no GPU. test_tails.py runs its kernels."""
+"""implementation="flashinfer", without a GPU. test_tails.py runs its kernels."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from runners import make_mesh
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import extension, lowering
+from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 
 X, SCALE = jax.ShapeDtypeStruct((4, 640), jnp.bfloat16), jax.ShapeDtypeStruct((640,), jnp.bfloat16)
@@ -68,16 +71,14 @@ def test_missing(monkeypatch, mesh, name):
         NotImplementedError, match=r'"flashinfer": .*make flashinfer, or pip install'
     ):
         on_mesh(CALLS[name], mesh).trace(X, SCALE)
-    with pytest.raises(
-        NotImplementedError, match="loopback needs the extension: .*make flashinfer"
-    ):
-        ones = jnp.ones((2, 4, 640)), jnp.ones(640)
-        jga.loopback.loopback_tail(Operands(ones[:1], ones[1:]), implementation="flashinfer")
+    ones = Operands((jnp.ones((2, 4, 640)),), (jnp.ones(640),))
+    with pytest.raises(NotImplementedError, match=r"loopback needs the .*: .*make flashinfer"):
+        loopback_tail(ones, implementation="flashinfer")
 
 
 def test_runs_on_gpus_alone(flashinfer, mesh):
     """On CPUs it is an error, as "cuda" is."""
-    with pytest.raises(NotImplementedError, match='"flashinfer" was asked for, but .* not CUDA'):
+    with pytest.raises(NotImplementedError, match=r'"flashinfer" was asked for, but .* not CUDA'):
         on_mesh(CALLS["fused_post_ff"], mesh)(jnp.ones(X.shape, X.dtype), jnp.ones(640, X.dtype))
 
 
@@ -85,7 +86,7 @@ def test_no_moe_tail(mesh):
     def call(x, w):
         return jga.fused_moe_tail(x, x, x, w, w, w, axis_name="tp", implementation="flashinfer")
 
-    with pytest.raises(NotImplementedError, match="flashinfer.* is not there for fused_moe_tail"):
+    with pytest.raises(NotImplementedError, match=r"flashinfer.* is not there for fused_moe_tail"):
         on_mesh(call, mesh).trace(X, SCALE)
 
 
@@ -93,7 +94,7 @@ def test_support(flashinfer):
     """Limits of its own, and the same objections as for our kernels where they are the same."""
     mesh = jax.sharding.AbstractMesh((2,), ("tp",))
 
-    def support(tokens, implementation, **options):
+    def support(tokens, implementation, **options: Any):
         options |= {"mesh": mesh, "axis_name": "tp", "implementation": implementation}
         return jga.fusion_support((tokens, 5376), jnp.bfloat16, **options)
 
@@ -136,7 +137,7 @@ def test_gemma_models_take_it(flashinfer):
     model = tensor_parallel(official, mesh, implementation="flashinfer")
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     params = gemma_models.shapes("31B")
-    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)
+    apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
     text = apply.trace(params, tokens).lower(lowering_platforms=("cuda",)).as_text()
     target, _ = lowering.TARGETS["flashinfer"]
     assert text.count(f"@{target}(") == 2 * official.config.num_layers

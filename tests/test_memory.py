@@ -1,6 +1,7 @@
 """workspace_bytes and reserve: sizes without a GPU, allocation on a mesh of GPUs."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def test_every_size_has_a_workspace(built, ranks, branches):
 
 
 def test_bad_arguments(built):
-    for wrong, words in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"max_tokens": 0}, "max_tokens must be positive, got 0"),
         ({"max_tokens": 1, "width": -64}, "width must be positive"),
         ({"max_tokens": 1, "width": 100}, "no call has these sizes: D must be a multiple of 64"),
@@ -45,7 +46,8 @@ def test_bad_arguments(built):
         ({"max_tokens": 1, "dtype": jnp.int8}, "no call has these sizes: x must be bfloat16"),
         ({"max_tokens": 1, "mesh": jax.sharding.AbstractMesh((3,), ("tp",))}, "2, 4 or 8 ranks"),
         ({"max_tokens": 1, "mesh": jax.sharding.AbstractMesh((2,), ("x",))}, "axis_name must name"),
-    ):
+    ]
+    for wrong, words in cases:
         with pytest.raises(ValueError, match=words):
             bytes_of(**wrong)
 
@@ -59,7 +61,7 @@ def test_nothing_to_reserve(mesh):
 def test_multi_gpu_reserve(built, require_gpus, branches):
     """Calls of any size up to the reserved one then allocate nothing."""
     mesh = make_mesh((2,), ("tp",), require_gpus(2))
-    limits = {"mesh": mesh, "axis_name": "tp", "branches": branches}
+    limits: dict[str, Any] = {"mesh": mesh, "axis_name": "tp", "branches": branches}
     before = sum(part["bytes"] for part in jga.workspaces() if part["nranks"] == 2)
     reserved = jga.reserve(900, 5376, jnp.bfloat16, **limits)
     assert reserved == jga.workspace_bytes(900, 5376, jnp.bfloat16, **limits)
@@ -68,7 +70,7 @@ def test_multi_gpu_reserve(built, require_gpus, branches):
 
     def call(x):
         scale = jnp.ones(5376, x.dtype)
-        options = {"axis_name": "tp", "implementation": "cuda"}
+        options: dict[str, Any] = {"axis_name": "tp", "implementation": "cuda"}
         if branches == 1:
             return jga.fused_all_reduce_norm(x, scale, **options)
         return jga.fused_moe_tail(x, x, x, scale, scale, scale, **options)
