@@ -130,3 +130,22 @@ def test_slot_protocol_in_loopback(slot_protocol, require_gpus):
     result = subprocess.run([slot_protocol], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
     assert result.stdout.endswith(": right\n")
+
+
+# The rules of CONTRIBUTING.md that a pattern can find.
+UNCLEAR = re.compile(r'"""(What|Of|As|Those|Whether)\b|\bso many\b|\bfor ever\b|\bone\'s own\b')
+WRITTEN = {".py", ".pyi", ".md", ".sh", ".cc", ".cu", ".cuh", ".h"}
+
+
+def test_plain_words():
+    """Docstrings start with a verb or a noun; a count has a name."""
+    folders = ("bench", "docs", "examples", "ffi", "jax_gemma_arf", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in (*files, *ROOT.glob("*.md"))
+        if path.suffix in WRITTEN and path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if UNCLEAR.search(line)
+    ]
+    assert not found, "see CONTRIBUTING.md, Code and words:\n" + "\n".join(found)
