@@ -13,6 +13,6 @@ def warn_if_newer() -> None:
     if jax.__version_info__ > tuple(map(int, NEWEST_JAX.split("."))):
         warnings.warn(
             f"jax_gemma_arf has been tested with JAX up to {NEWEST_JAX}, this is "
-            f"{jax.__version__}; if something breaks, install an older JAX or a newer jax_gemma_arf",
+            f"{jax.__version__}; if something breaks, install that JAX or a newer jax_gemma_arf",
             stacklevel=3,
         )

@@ -129,7 +129,11 @@ def fused_sandwich[NormScales: (jax.Array, tuple[jax.Array, ...])](
       >>> @jax.shard_map(mesh=mesh, in_specs=in_specs, out_specs=P())
       ... def post_attention(heads, w_out, residual, norm_scale, next_norm_scale):
       ...     return jga.fused_sandwich(
-      ...         heads @ w_out, residual, norm_scale, next_norm_scale=next_norm_scale, axis_name="tp"
+      ...         heads @ w_out,
+      ...         residual,
+      ...         norm_scale,
+      ...         next_norm_scale=next_norm_scale,
+      ...         axis_name="tp",
       ...     )
       >>> ones = functools.partial(jnp.ones, dtype=jnp.bfloat16)
       >>> hidden, normed = post_attention(

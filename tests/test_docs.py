@@ -1,7 +1,5 @@
 """The README is finished, and its example runs as printed."""
 
-import doctest
-import functools
 import os
 import re
 import shutil
@@ -9,15 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
-from gemma import gm
-from jax.sharding import PartitionSpec as P
+from runners import check_docstring_example
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import linen
-from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -90,22 +84,12 @@ WITH_EXAMPLES = (
     jga.down_proj_post_ff,
     jga.fusion_support,
     linen.FeedForward,
-    tensor_parallel,
 )
 
 
 @pytest.mark.parametrize("documented", WITH_EXAMPLES, ids=lambda documented: documented.__name__)
 def test_docstring_example(documented, mesh):
-    """With the names that docs/reference/operations.md introduces."""
-    names = {"jax": jax, "jnp": jnp, "jga": jga, "P": P, "mesh": mesh, "functools": functools}
-    names |= {"linen": linen, "gm": gm, "tensor_parallel": tensor_parallel}
-    names |= {"param_shardings": param_shardings}
-    finder = doctest.DocTestFinder(recurse=False)
-    (example,) = finder.find(documented, documented.__name__, globs=names)
-    report: list[str] = []
-    result = doctest.DocTestRunner().run(example, out=report.append)
-    assert result.attempted > 0
-    assert result.failed == 0, "".join(report)
+    check_docstring_example(documented, jga=jga, linen=linen, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
