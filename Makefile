@@ -3,11 +3,11 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup build flashinfer test demo generate bench bench-rivals lint wheel clean
+.PHONY: help setup build flashinfer test demo generate bench bench-rivals docs lint wheel clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | generate | test | bench | bench-rivals | setup | build | flashinfer | lint | wheel | clean"
+	@echo "make demo | generate | test | bench | bench-rivals | setup | build | flashinfer | docs | lint | wheel | clean"
 
 # The package is installed editable: Python files are used in place, ffi/ is compiled again when it
 # changes.
@@ -77,8 +77,14 @@ lint: $(VENV)/.extra-test
 	$(BIN)/python -m pip install --quiet --group dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard ffi/*.* ffi/flashinfer/* bench/rivals/*.cc bench/rivals/*.cu bench/rivals/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard ffi/*.* ffi/flashinfer/* examples/*.cu bench/rivals/*.cc bench/rivals/*.cu bench/rivals/*.h)
 	$(BIN)/pyright
+
+# The reference, in build/docs/index.html.
+docs: $(VENV)/.extra-test
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo build/docs/index.html
 
 wheel: setup
 	rm -rf dist

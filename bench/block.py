@@ -48,7 +48,7 @@ class Sizes:
     scalar: bool = True
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of one layer's parameters."""
+        """Returns the shapes of one layer's parameters, by name."""
         return {
             "pre_attention_norm": (self.hidden,),
             "w_heads": (self.hidden, self.heads),
@@ -62,7 +62,7 @@ class Sizes:
         }
 
     def weight_bytes(self) -> int:
-        """Of one layer, over all ranks, in bfloat16."""
+        """Returns the bytes of one layer's weights, over all ranks, in bfloat16."""
         return 2 * self.hidden * (2 * self.heads + 3 * self.ff)
 
 
@@ -248,12 +248,12 @@ def project_ranks(x: jax.Array, w: jax.Array, *, ranks: int) -> jax.Array:
 
 
 def loopback_post_ff(x, *others):
-    """As rank 0 sees it."""
+    """Returns rank 0's result."""
     return loopback.loopback_post_ff(x, *others)[0]
 
 
 def loopback_sandwich(x, residual, norm_scale, scalar=None, *, next_norm_scale):
-    """As rank 0 sees it."""
+    """Returns rank 0's result."""
     scalar = None if scalar is None else jnp.asarray(scalar)
     operands = Operands((x,), (norm_scale,), residual, scalar, (next_norm_scale,))
     hidden, normed = loopback.loopback_tail(operands)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing with its spread, child processes, records, machine facts.
+"""Shared code of the benchmarks: timing with its spread, child processes, records, machine facts.
 
 A record is one JSON file for one run: where and of what it was taken, and raw samples, from which
 report.py makes tables and plots.
@@ -66,7 +66,7 @@ def summarize(samples: Sequence[float]) -> Spread:
 
 
 def differ(one: Spread, two: Spread) -> bool:
-    """Whether the medians are further apart than their spreads reach."""
+    """Returns whether the medians are further apart than their spreads reach."""
     return abs(one.median - two.median) > one.spread + two.spread
 
 
@@ -90,7 +90,7 @@ class Clock:
             self._flush_seconds = statistics.median(self._seconds(None) for _ in range(2 * repeats))
 
     def _seconds(self, call: Callable[[], Any] | None) -> float:
-        """Of self.runs calls with a flush before each; of the flushes alone without a call."""
+        """Times self.runs calls with a flush before each; without a call, the flushes alone."""
         out = None
         start = time.perf_counter()
         for _ in range(self.runs):
@@ -261,7 +261,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, child_seconds: int) -> Non
 
 
 def in_child(arguments: argparse.Namespace) -> bool:
-    """Whether this process is one that run_children started."""
+    """Returns whether run_children started this process."""
     return arguments.flag_set is not None
 
 

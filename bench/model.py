@@ -81,7 +81,7 @@ def official(name: str, layers: int, small: bool):
 
 
 def at(cache: Cache, length: int) -> Cache:
-    """The cache with so many tokens in it, for the next to overwrite what follows."""
+    """Returns the cache cut to `length` tokens: the next token overwrites what follows."""
     return {
         name: layer | {"end_index": jnp.full_like(layer["end_index"], length)}
         for name, layer in cache.items()
@@ -89,7 +89,7 @@ def at(cache: Cache, length: int) -> Cache:
 
 
 def apply(model, params: Params, tokens: jax.Array, cache: Cache, position, length: int):
-    """Of tokens that begin at a position, with a cache of that length; logits of the last alone."""
+    """Applies the model to tokens from `position` on. Returns the last logits and the cache."""
     positions = position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     mask = jnp.arange(length) <= positions[:, None]
     out = model.apply(
@@ -111,7 +111,7 @@ def prefill(model, params: Params, tokens: jax.Array, cache: Cache) -> tuple[jax
 def decode(
     model, steps: int, logits: Any, params: Params, tokens: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """The last so many tokens of a prompt that is in the cache, one by one.
+    """Decodes the last `steps` tokens of a prompt that is in the cache, one by one.
 
     logits: what those of one sequence look like, which another trace would tell as well.
     """
@@ -613,7 +613,7 @@ def main() -> None:
         help=f"Gemma 2, 3 or 4 classes of gemma.gm.nn, or all: {' '.join(MODELS)}",
     )
     parser.add_argument(
-        "--layers", type=int, default=0, help="cut down to so many, a multiple of 4; 0: all"
+        "--layers", type=int, default=0, help="number of layers to keep, a multiple of 4; 0: all"
     )
     parser.add_argument("--batches", type=int, nargs="+", help="of the decodes; default: 1, 2, 16")
     parser.add_argument(

@@ -14,7 +14,7 @@ Two columns, both microseconds a call, from chains of dependent calls in one jit
           interquartile range.
   kernel  from a profile of the same chain: time in which a kernel ran, on the rank that is busy
           least (a kernel that waits for its peer is busy). Not in loopback: under the profiler the
-          parallel branches of a graph can run one after the other, and the ranks wait for ever.
+          parallel branches of a graph can run one after the other, and the ranks never finish.
 
 The operation second_norm is what a next norm costs: fused_post_ff, and fused_sandwich with its
 normed result left alone, in chains that are otherwise the same, long enough for the host not to
@@ -59,7 +59,7 @@ State = tuple[jax.Array, ...]
 
 
 class Cold(NamedTuple):
-    """What one call reads besides the partial sums, and no other call of the chain does."""
+    """Operands of one call besides the partial sums; no other call of the chain reads them."""
 
     residual: jax.Array  # [tokens, D]
     scales: tuple[jax.Array, ...]  # four times [D]
@@ -106,7 +106,7 @@ def sandwich_oracle(x, residual, norm_scale, layer_scalar, *, next_norm_scale):
 
 
 def second_norm_link(call, state, cold):
-    """As post_ff_link. normed is left alone: the kernel writes it all the same."""
+    """Links like post_ff_link. Nothing reads normed; the kernel writes it all the same."""
     x, *_ = state
     return call(x, cold.residual, cold.scales[0], SCALAR, next_norm_scale=cold.scales[1])
 
@@ -198,7 +198,7 @@ class Config(NamedTuple):
 
     @property
     def message_bytes(self) -> int:
-        """Of one partial sum on one rank."""
+        """Bytes of one partial sum on one rank."""
         return 2 * self.tokens * self.hidden
 
 
@@ -334,7 +334,7 @@ class Bench:
             yield from self._rivals(config, want)
 
     def again(self, names: Iterable[str]) -> list[str]:
-        """What is timed once more at the end, to show what a difference is worth."""
+        """Returns the timings to repeat at the end, which show what a difference is worth."""
         twice = ("fused", "psum") if self.flag_set == "A" else ()
         return [f"{name} again" for name in names if name in twice]
 
@@ -452,7 +452,7 @@ class Bench:
         )
 
     def check_wire(self, state: State) -> bool:
-        """Whether each rank received what the next one sent."""
+        """Returns whether each rank received what the next one sent."""
         read = self.program(lambda state, _: (rivals.wire(state[0], ranks=self.ranks, read=True),))
         sent = [
             x.reshape(self.ranks, -1)[:, : 2 * x[0].size // self.ranks]
@@ -496,7 +496,7 @@ class Bench:
 
 
 class Line(NamedTuple):
-    """What a line of the table runs; futures of compiled programs."""
+    """Programs of one line of the table, as futures of compiled programs."""
 
     config: Config
     contenders: list[Contender]

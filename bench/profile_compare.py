@@ -29,7 +29,7 @@ RUNS = 3  # of the traced call, back to back
 
 
 def compare(traces: dict[str, xplane.Trace], parts: int) -> dict[str, Any]:
-    """What the traces say, by label; microseconds of one of the equal parts of each."""
+    """Compares the traces, by label, in microseconds of one of the equal parts of each."""
     result = {}
     for label, trace in traces.items():
         waiting = xplane.without_waiting(trace)

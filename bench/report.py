@@ -105,7 +105,7 @@ def faster(base: Timing | None, other: Timing | None) -> str:
 
 
 def second_norm(rows: Sequence[dict[str, Any]]) -> Spread | None:
-    """What a next norm adds to a call, in microseconds, from the rows of one line.
+    """Cost of a next norm in a call, in microseconds, from the rows of one line.
 
     Sample by sample, since those of fused_post_ff and fused_sandwich were taken in turn.
     """
@@ -170,7 +170,7 @@ def _kernel(name: str, timing: Timing | None, tokens: int, hidden: int, record: 
 
 
 def _troubles(record: Record) -> list[str]:
-    """What failed, was wrong or was left out."""
+    """Lists the rows that failed or were wrong, and the notes on what was left out."""
     wrong = [row for row in record["rows"] if row.get("matches") is False]
     failed = [row for row in record["rows"] if "error" in row]
     lines = [f"WRONG RESULT: {_identity(row)}" for row in wrong]
@@ -327,12 +327,12 @@ def profile_markdown(record: Record) -> str:
 
 
 def _sides(record: Record) -> dict[str, Any]:
-    """What profile_compare.compare made, in the order of the traces."""
+    """Returns the results of profile_compare.compare, in the order of the traces."""
     return {label: record["comparison"][label] for label in record["labels"]}
 
 
 def _walls(record: Record) -> dict[str, Spread]:
-    """What a profile's own runs took in CUDA graphs."""
+    """Returns the times of a profile's own runs in CUDA graphs."""
     rows = [row for row in record["rows"] if "layer_us" in row]
     return {row["implementation"]: common.summarize(row["layer_us"]) for row in rows}
 

@@ -120,7 +120,7 @@ def init_params(key: jax.Array, sizes: Sizes) -> Arrays:
 
 
 def init_arguments(sizes: Sizes) -> tuple[Arrays, Arrays, jax.Array, jax.Array | None]:
-    """What decoding takes: (params, cache, inputs, per_layer_inputs), bfloat16.
+    """Returns the inputs of decoding: (params, cache, inputs, per_layer_inputs), bfloat16.
 
     The cache is empty and {"k", "v"}: [layers, B, steps, KV heads, head_dim]; inputs [steps, B, D];
     per_layer_inputs [steps, layers, B, W], or None for a model without them.

@@ -88,7 +88,7 @@ __device__ __forceinline__ uint64_t Nanoseconds() {
 }
 
 // Reports a peer that did not come, and ends the kernel with an error: results that lack a rank's
-// share must not get out, and a kernel that waits for ever takes the GPU with it.
+// share must not get out, and a kernel that waits without a bound takes the GPU with it.
 __device__ __noinline__ void Fail(uint64_t* failure, Failure what) {
   *reinterpret_cast<volatile uint64_t*>(failure) = EncodeFailure(what);
   __threadfence_system();

@@ -102,7 +102,7 @@ struct Launch {
   int hidden;                   // a multiple of 64 from 256 to 16384
   int max_ctas;                 // upper bound on thread blocks; at least 8
   uint32_t call;                // names the call in a failure
-  uint64_t timeout_ns;          // how long to wait for a peer; 0: for ever
+  uint64_t timeout_ns;          // how long to wait for a peer; 0: no bound
   const void* x[kMaxBranches];  // [tokens, hidden] partial sums of this rank
   Tail tail;
   Peers peers;

@@ -161,5 +161,5 @@ NB_MODULE(JAX_GEMMA_ARF_MODULE, module) {
   module.def("workspaces", &Workspaces,
              "Every rank's part of a workspace in this process; reads the guard words.");
   module.def("set_timeout", &SetTimeout, nb::arg("seconds"),
-             "How long kernels enqueued from now on wait for a peer; 0 for ever.");
+             "How long kernels enqueued from now on wait for a peer; 0: no bound.");
 }

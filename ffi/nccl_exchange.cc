@@ -59,7 +59,7 @@ Error NcclError(const Nccl& nccl, int result, const std::string& what) {
 }
 
 // Polls until `done` says so. False after the deadline: a peer is gone, and blocking calls would
-// wait for it for ever.
+// wait for it without a bound.
 bool WaitUntil(const std::function<bool()>& done) {
   const auto deadline = std::chrono::steady_clock::now() + kDeadline;
   while (!done()) {

@@ -10,7 +10,7 @@
 
 namespace jax_gemma_arf {
 
-// How long kernels enqueued from now on wait for a peer, in seconds; 0: for ever.
+// How long kernels enqueued from now on wait for a peer, in seconds; 0: no bound.
 void SetTimeout(double seconds);
 uint64_t TimeoutNanoseconds();
 

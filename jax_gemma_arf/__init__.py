@@ -1,5 +1,6 @@
 """One kernel launch for the end of each half of a tensor-parallel Gemma block."""
 
+from jax_gemma_arf import _newest_jax
 from jax_gemma_arf._version import __version__ as __version__
 from jax_gemma_arf.audit import audit as audit
 from jax_gemma_arf.extension import set_peer_timeout as set_peer_timeout
@@ -20,3 +21,5 @@ from jax_gemma_arf.row_parallel import row_parallel_moe_tail as row_parallel_moe
 from jax_gemma_arf.row_parallel import row_parallel_post_ff as row_parallel_post_ff
 from jax_gemma_arf.support import Support as Support
 from jax_gemma_arf.support import fusion_support as fusion_support
+
+_newest_jax.warn_if_newer()

@@ -1,4 +1,4 @@
-"""What jax_gemma_arf.linen and jax_gemma_arf.nnx compute, as functions of arrays."""
+"""The arithmetic of jax_gemma_arf.linen and jax_gemma_arf.nnx, as functions of arrays."""
 
 from typing import Any
 

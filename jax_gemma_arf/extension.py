@@ -108,7 +108,7 @@ def set_peer_timeout(seconds: float | None) -> None:
 
     Args:
       seconds: more than any rank may be behind another, by writing a checkpoint or compiling
-        another program between two steps, say; 60 if never set. None waits for ever.
+        another program between two steps, say; 60 if never set. None waits without a bound.
 
     Raises:
       ValueError: if seconds is not from a millisecond to a day.

@@ -125,10 +125,15 @@ def fused_sandwich[NormScales: (jax.Array, tuple[jax.Array, ...])](
       if next_norm_scale is one.
 
     Example:
-      >>> @jax.shard_map(mesh=mesh, in_specs=(P(None, "tp"), P("tp"), P(), P(), P()), out_specs=P())
+      >>> in_specs = (P(None, "tp"), P("tp"), P(), P(), P())
+      >>> @jax.shard_map(mesh=mesh, in_specs=in_specs, out_specs=P())
       ... def post_attention(heads, w_out, residual, norm_scale, next_norm_scale):
       ...     return jga.fused_sandwich(
-      ...         heads @ w_out, residual, norm_scale, next_norm_scale=next_norm_scale, axis_name="tp"
+      ...         heads @ w_out,
+      ...         residual,
+      ...         norm_scale,
+      ...         next_norm_scale=next_norm_scale,
+      ...         axis_name="tp",
       ...     )
       >>> ones = functools.partial(jnp.ones, dtype=jnp.bfloat16)
       >>> hidden, normed = post_attention(

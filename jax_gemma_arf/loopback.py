@@ -99,7 +99,7 @@ def loopback_tail(
 def _check_processes(
     local_ranks: tuple[int, ...] | None, axis_size: int | None, rendezvous: str
 ) -> None:
-    """What says which ranks other processes hold."""
+    """Checks the arguments that say which ranks other processes hold."""
     if local_ranks is None and axis_size is None and not rendezvous:
         return
     got = f"local_ranks={local_ranks}, axis_size={axis_size}, rendezvous={rendezvous!r}"

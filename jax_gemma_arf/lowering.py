@@ -45,7 +45,7 @@ tail_p.multiple_results = True
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static of a call, besides which operands there are."""
+    """Static arguments of a call, besides which operands there are."""
 
     axis_name: tuple[str, ...]
     eps: float
@@ -100,7 +100,7 @@ def _tail(options: Options, reduced: Operands) -> tuple[jax.Array, ...]:
 
 
 def reference(options: Options, operands: Operands) -> tuple[jax.Array, ...]:
-    """What fused_tail computes."""
+    """Computes fused_tail with psum."""
     return reference_tail(
         operands,
         axis_name=options.axis_name,

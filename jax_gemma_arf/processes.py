@@ -1,4 +1,4 @@
-"""What the processes of a job tell each other before any of them may decide for the kernel.
+"""Facts that the processes of a job exchange before any of them may decide for the kernel.
 
 A process knows of itself whether the extension is built and which GPUs reach each other; were each
 to decide from that alone, one might fall back while its peers wait. So it is exchanged once, by all
@@ -25,7 +25,7 @@ DISABLE_VARIABLE = "JAX_GEMMA_ARF_DISABLE"
 
 @dataclasses.dataclass(frozen=True)
 class ProcessFacts:
-    """What one process knows of itself. All are numbers, to be gathered as an array."""
+    """Facts of one process. All are numbers, to be gathered as an array."""
 
     host: int  # the same for processes that run under one kernel
     version: int  # checksum of the package's
@@ -108,12 +108,12 @@ def _gather(mine: np.ndarray) -> list[np.ndarray]:
 
 
 def known(processes: int) -> list[ProcessFacts] | None:
-    """The facts of so many processes, by process index; None for several before initialize."""
+    """Facts of every process, by process index; None for several before initialize."""
     return [own_facts()] if processes == 1 else _gathered
 
 
 def disabled() -> bool:
-    """Whether a process that this one knows of switches the kernel off."""
+    """Returns whether a process that this one knows of switches the kernel off."""
     return (
         any(p.disabled for p in _gathered)
         if _gathered is not None
@@ -122,7 +122,7 @@ def disabled() -> bool:
 
 
 def own_facts() -> ProcessFacts:
-    """Those of this process."""
+    """Returns the facts of this process."""
     peers = extension.nvlink_peers()
     return ProcessFacts(
         host=_checksum(_boot_id()),

@@ -1,4 +1,4 @@
-"""What the fused operations compute, in plain JAX: definition, oracle and fallback."""
+"""The fused operations in plain JAX: definition, oracle and fallback."""
 
 import functools
 import operator
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Operands(NamedTuple):
-    """What a fused tail reads; which of them are there says which tail it is.
+    """Operands of a fused tail; which of them are there says which tail it is.
 
     As a pytree, its leaves in this order are the operands of the primitive and of the FFI call.
 

@@ -44,7 +44,7 @@ AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """Whether a call runs as the kernel.
+    """The decision for one call: kernel or psum, and why.
 
     Attributes:
       ok: True if it does.
@@ -64,7 +64,7 @@ class Support:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFacts:
-    """What the decision needs to know of a client's devices."""
+    """Facts of a client's devices that the decision needs."""
 
     platform: str
     compute_capabilities: tuple[str, ...]
@@ -247,7 +247,7 @@ class _Message:
 
 
 def _nothing_to_gain(message: _Message, ranks: int) -> Iterator[str]:
-    """What makes psum the right choice."""
+    """Yields the reasons why psum is the right choice."""
     if processes.disabled():
         yield f"switched off by {processes.DISABLE_VARIABLE}"
     if ranks == 1:
@@ -259,7 +259,7 @@ def _nothing_to_gain(message: _Message, ranks: int) -> Iterator[str]:
 def _static_objections(
     message: _Message, ranks: int, names: tuple[str, ...], implementation: str
 ) -> Iterator[str]:
-    """What the kernel is not made for."""
+    """Yields the properties of the call that the kernel does not support."""
     if implementation == "flashinfer" and message.branches > 1:
         yield "FlashInfer's kernels reduce one message, and fused_moe_tail has two"
     if ranks not in AXIS_SIZES:
@@ -280,7 +280,7 @@ def _static_objections(
 
 
 def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Iterator[str]:
-    """What XLA would get wrong."""
+    """Yields the properties of the mesh that XLA would handle wrongly."""
     manual = set(mesh.axis_names) if manual_axes is None else manual_axes
     others = [name for name, size in mesh.shape.items() if size > 1 and name not in manual]
     if others:
@@ -291,7 +291,7 @@ def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Itera
 
 
 def _machine_objections(client: object | None, implementation: str) -> Iterator[str]:
-    """What speaks against it on these devices."""
+    """Yields the reasons why these devices cannot run the kernel."""
     missing = extension.why_missing(implementation)
     if missing is not None and (client is None or _compile_only(client)):
         yield missing
@@ -317,7 +317,7 @@ def _compile_only(client: object) -> bool:
 def _process_objections(
     client: object | None, mesh: AnyMesh, names: tuple[str, ...], implementation: str
 ) -> Iterator[str]:
-    """What speaks against it in any of the processes that hold the devices."""
+    """Yields the reasons why a process that holds the devices cannot run the kernel."""
     if client is None or _compile_only(client):
         return
     owners = device_facts(client).processes

@@ -94,7 +94,7 @@ class Inputs(NamedTuple):
         return (self.partial_sums[0] if self.residual is None else self.residual).dtype
 
     def tokens(self, start: int, stop: int) -> "Inputs":
-        """Those of some tokens of a case with one leading axis."""
+        """Returns the inputs of some tokens of a case with one leading axis."""
         return self._replace(
             partial_sums=tuple(x[:, start:stop] for x in self.partial_sums),
             residual=None if self.residual is None else self.residual[start:stop],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TESTS = Path(__file__).parent
-# After so many seconds a child ends itself, should the test that started it be gone.
+# After this number of seconds a child ends itself, should the test that started it be gone.
 ALARM = 300
 
 

@@ -18,6 +18,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax_gemma_arf.set_peer_timeout(20)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that `-k loopback` and `-k multi_gpu` select, for `-m`."""
+    for item in items:
+        for marker in ("loopback", "multi_gpu"):
+            if marker in item.nodeid:
+                item.add_marker(marker)
+
+
 def gpus() -> list[jax.Device]:
     try:
         return jax.devices("cuda")

@@ -30,7 +30,7 @@ def _context_of(device: int):
 
 
 def free_bytes(device: int) -> int:
-    """What cudaMalloc could still have, about."""
+    """Returns the bytes that cudaMalloc could still allocate, about."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     with _context_of(device):
         _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
@@ -38,7 +38,7 @@ def free_bytes(device: int) -> int:
 
 
 def _allocate(device: int, size: int) -> int | None:
-    """A block of so many bytes, or None if there is none."""
+    """Allocates `size` bytes. Returns None if there is no such block."""
     block = ctypes.c_uint64()
     with _context_of(device):
         status = _status("cuMemAlloc_v2", ctypes.byref(block), ctypes.c_size_t(size))
@@ -47,7 +47,7 @@ def _allocate(device: int, size: int) -> int | None:
 
 
 def fill(device: int, leave: int) -> list[int]:
-    """Allocates all but about so many bytes. Returns what release takes."""
+    """Allocates all but about `leave` bytes. Returns what release takes."""
     blocks = []
     for size in (1024 * MIB, 64 * MIB, 2 * MIB):
         while free_bytes(device) >= leave + size:

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
 
 
 def config(variant: str, layers: int | None = None):
-    """Of the first so many layers; None for all."""
+    """Returns the config of the first `layers` layers; None for all."""
     layers = sizes.LAYERS[variant] if layers is None else layers
     modules = gemma3_modules if variant == "Gemma3" else gemma4_modules
     kinds = modules.AttentionType
@@ -122,7 +122,7 @@ def prefill(model, params) -> dict[str, np.ndarray]:
 
 
 def cached_logits(model, params) -> np.ndarray:
-    """Of all tokens: a prefill of all but the last DECODED, then those one by one."""
+    """Returns the logits of all tokens: a prefill, then the last DECODED tokens one by one."""
     tokens = sizes.tokens()
     dtype = jax.tree.leaves(params)[0].dtype
     length = sizes.TOKENS + 3  # room that the mask leaves out

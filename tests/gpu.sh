@@ -9,7 +9,7 @@
 # default is all but quick.
 # Records and plots go to $OUT, else to bench/records. COMMIT names the commit where there is no git.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 gpus=$(nvidia-smi -L | wc -l)
 failed=0
 step() { # SECONDS COMMAND...

@@ -23,7 +23,7 @@ NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where calls run: a mesh of GPUs, or None for loopback with so many ranks."""
+    """Where calls run: a mesh of GPUs, or None for loopback with `ranks` ranks."""
 
     ranks: int
     mesh: jax.sharding.Mesh | None = None

@@ -1,4 +1,4 @@
-"""What a jax.profiler trace says ran on the GPUs."""
+"""Kernels that a jax.profiler trace shows on the GPUs."""
 
 from pathlib import Path
 

@@ -2,10 +2,13 @@
 hidden and each next norm."""
 
 import dataclasses
+import doctest
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from cases import OPS, Case, Inputs
 from jax.sharding import AxisType
@@ -163,3 +166,14 @@ MULTI_GPU_FLASHINFER = [
 MULTI_GPU = [
     Runner("multi_gpu", n, n, True, functools.partial(run_mesh, "cuda")) for n in (2, 4, 8)
 ]
+
+
+def check_docstring_example(documented: Any, **names: Any) -> None:
+    """Runs a docstring's example, with the names that docs/reference/operations.md introduces."""
+    names |= {"jax": jax, "jnp": jnp, "P": P, "functools": functools}
+    finder = doctest.DocTestFinder(recurse=False)
+    (example,) = finder.find(documented, documented.__name__, globs=names)
+    report: list[str] = []
+    result = doctest.DocTestRunner().run(example, out=report.append)
+    assert result.attempted > 0
+    assert result.failed == 0, "".join(report)

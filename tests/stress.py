@@ -7,7 +7,7 @@ A program holds a few random cases (operation, D, tokens, dtypes, algorithm), ea
 of inputs. Its first results are checked against the float64 oracle; then a loop on the device calls
 them in a random order, with CUDA graphs in every other program, and counts the calls in which any
 bit on any rank differs from the first result. Exits with 1 after the first run of a program with
-such a call, naming the case; with 0 after so many calls or seconds.
+such a call, naming the case; with 0 after --calls calls or --seconds seconds.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Backend:
         self._algorithms = np.random.default_rng(seed)
 
     def outputs(self, call: Call, inputs: Inputs) -> tuple[jax.Array, ...]:
-        """What this program's ranks compute: [N, tokens, D] in loopback, or one rank's."""
+        """Returns the ranks' results: [N, tokens, D] in loopback, or one rank's."""
         case = call.case
         options = {"eps": case.eps, "scale_offset": case.scale_offset}
         if self.mesh is None:
@@ -140,7 +140,7 @@ def pick(stacked: Inputs, index) -> Inputs:
 
 
 def bits_differ(out: jax.Array, expected: jax.Array) -> jax.Array:
-    """Whether any bit of any rank's result does."""
+    """Returns whether any bit of any rank's result differs."""
     bits = {2: jnp.uint16, 4: jnp.uint32}[out.dtype.itemsize]
     cast = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
     return jnp.any(cast(out) != cast(expected))
@@ -240,7 +240,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, help="2, 4 or 8; with --mesh all devices by default")
     parser.add_argument("--mesh", action="store_true", help="one rank a device")
     parser.add_argument("--implementation", choices=("cuda", "flashinfer"), default="cuda")
-    parser.add_argument("--calls", type=int, default=1_000_000, help="at least so many, or ...")
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=1_000_000,
+        help="end after at least this number of calls, or ...",
+    )
     parser.add_argument("--seconds", type=float, default=600.0, help="... for so long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--programs", type=int, default=6, help="two compilations each")

@@ -435,14 +435,14 @@ SUMS = [(op, name) for op in GOOD for name in GOOD[op] if name in PARTIAL_SUMS]
 
 @pytest.mark.parametrize(("op", "name"), SUMS)
 def test_reduced_sum(mesh, op, name):
-    """What is replicated already would be summed N times over."""
+    """A replicated operand would be summed N times over."""
     with pytest.raises(ValueError, match=f"{name} must hold partial sums, varying or unreduced"):
         trace(mesh, op, {name: P()})
 
 
 @pytest.mark.parametrize(("op", "name"), SUMS)
 def test_unreduced_over_another_axis(cpus, op, name):
-    """Of the axes that a sum is unreduced over, the operation reduces its own alone."""
+    """The operation reduces its own axes alone, so a sum must be unreduced over no other."""
     mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4], AxisType.Explicit)
     with pytest.raises(ValueError, match=rf"{name} must be unreduced .* over \['data'\] too"):
         trace(mesh, op, {name: P(unreduced={"data", "tp"})})

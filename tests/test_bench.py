@@ -279,7 +279,7 @@ def test_every_contender_lowers_for_gpus(bench):
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("bench", ["mesh", "loopback"], indirect=True)
 def test_second_norm_is_the_only_difference(bench):
-    """Of the two chains that are compared: as many calls, and nothing but calls."""
+    """The two chains that are compared have as many calls, and nothing but calls."""
     (config,) = (c for c in bench.configs if c.op == "second_norm")
     texts = {
         contender.name: bench.lower(config, contender, platforms=("cuda",)).as_text()

@@ -105,7 +105,7 @@ def test_programs(where, name):
 
 
 def addresses(array: jax.Array) -> tuple[int, ...]:
-    """Of an array's part on each device."""
+    """Returns the address of an array's part on each device."""
     return tuple(shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards)
 
 

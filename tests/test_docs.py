@@ -1,7 +1,5 @@
 """The README is finished, and its example runs as printed."""
 
-import doctest
-import functools
 import os
 import re
 import shutil
@@ -9,15 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
-from gemma import gm
-from jax.sharding import PartitionSpec as P
+from runners import check_docstring_example
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import linen
-from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -28,7 +22,8 @@ def test_no_placeholder():
 
 
 def test_readme_example():
-    code, *_ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "shard_map" in block)
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
@@ -90,22 +85,12 @@ WITH_EXAMPLES = (
     jga.down_proj_post_ff,
     jga.fusion_support,
     linen.FeedForward,
-    tensor_parallel,
 )
 
 
 @pytest.mark.parametrize("documented", WITH_EXAMPLES, ids=lambda documented: documented.__name__)
 def test_docstring_example(documented, mesh):
-    """With the names that docs/reference/operations.md introduces."""
-    names = {"jax": jax, "jnp": jnp, "jga": jga, "P": P, "mesh": mesh, "functools": functools}
-    names |= {"linen": linen, "gm": gm, "tensor_parallel": tensor_parallel}
-    names |= {"param_shardings": param_shardings}
-    finder = doctest.DocTestFinder(recurse=False)
-    (example,) = finder.find(documented, documented.__name__, globs=names)
-    report: list[str] = []
-    result = doctest.DocTestRunner().run(example, out=report.append)
-    assert result.attempted > 0
-    assert result.failed == 0, "".join(report)
+    check_docstring_example(documented, jga=jga, linen=linen, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +115,22 @@ def test_slot_protocol_in_loopback(slot_protocol, require_gpus):
     result = subprocess.run([slot_protocol], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
     assert result.stdout.endswith(": right\n")
+
+
+# The rules of CONTRIBUTING.md that a pattern can find.
+UNCLEAR = re.compile(r'"""(What|Of|As|Those|Whether)\b|\bso many\b|\bfor ever\b|\bone\'s own\b')
+WRITTEN = {".py", ".pyi", ".md", ".sh", ".cc", ".cu", ".cuh", ".h"}
+
+
+def test_plain_words():
+    """Docstrings start with a verb or a noun; a count has a name."""
+    folders = ("bench", "docs", "examples", "ffi", "jax_gemma_arf", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in (*files, *ROOT.glob("*.md"))
+        if path.suffix in WRITTEN and path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if UNCLEAR.search(line)
+    ]
+    assert not found, "see CONTRIBUTING.md, Code and words:\n" + "\n".join(found)

@@ -271,3 +271,20 @@ def test_report(capsys, monkeypatch):
     assert f"jax_gemma_arf {jax_gemma_arf.__version__}" in out
     for model, hidden in report.GEMMA4_HIDDEN.items():
         assert re.search(rf"{model} +D = {hidden}, +1 tokens: (kernel|psum) +\(.+\)", out)
+
+
+@pytest.mark.parametrize("version", ["0.12.0.1", "0.12.0.2"])
+def test_newer_jax_warns_at_import(version):
+    program = (
+        f"import jax; jax.__version__ = {version!r}; "
+        "jax.__version_info__ = tuple(map(int, jax.__version__.split('.'))); import jax_gemma_arf"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    newer = version == "0.12.0.2"
+    assert ("tested with JAX up to 0.12.0.1, this is" in result.stderr) == newer
+    assert result.returncode == int(newer), result.stderr

@@ -1,4 +1,4 @@
-"""What goes wrong in production, brought about: ranks that stay away, memory that is full, writes
+"""Faults of production, brought about: ranks that stay away, memory that is full, writes
 where nobody should write. Each in a process of its own, since most of it takes the GPU along."""
 
 import dataclasses

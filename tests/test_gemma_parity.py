@@ -29,7 +29,7 @@ all_ranks = pytest.mark.parametrize("ranks", RANKS)
 
 
 def sharded(variant: str, ranks: int, layers: int | None = None, **options):
-    """A model over the first so many CPUs, and a function that places parameters for it."""
+    """Returns a model over the first `ranks` CPUs, and a function that places parameters for it."""
     mesh = make_mesh((ranks,), ("tp",), jax.devices("cpu")[:ranks])
     model = gemma.tensor_parallel(gemma_models.official(variant, layers, **options), mesh)
     return model, lambda params: jax.device_put(params, gemma.param_shardings(model, params))
@@ -153,7 +153,7 @@ def test_gradients():
 
 
 def test_gemma2():
-    """What the variants above do not have: gates of [2, D, H], one projection for query, key and
+    """Features that the variants above lack: gates of [2, D, H], one projection for query, key and
     value, capped attention."""
     changes = {
         "transpose_gating_einsum": False,

@@ -1,4 +1,4 @@
-"""What only a GPU can show, with all ranks on one: launches, graphs, sequences of calls, edges."""
+"""Tests that need a GPU, with all ranks on one: launches, graphs, sequences of calls, edges."""
 
 import functools
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("built", "gpu")
 
 @jax.jit
 def differ(one, two):
-    """Whether any bit differs."""
+    """Returns whether any bit differs."""
     bits = {2: jnp.uint16, 4: jnp.uint32}[one.dtype.itemsize]
     cast = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
     return jnp.any(cast(one) != cast(two))

@@ -1,4 +1,4 @@
-"""What only a real mesh of GPUs can show: one launch a device, graphs, errors on every rank.
+"""Tests that need a real mesh of GPUs: one launch a device, graphs, errors on every rank.
 
 Selected by `pytest -k multi_gpu`, with the multi_gpu cases of the other files.
 """

@@ -32,7 +32,7 @@ class Layer(NamedTuple):
 
 
 class State(NamedTuple):
-    """What one layer hands to the next."""
+    """State that one layer hands to the next."""
 
     hidden: jax.Array  # [TOKENS, FEATURES]
     normed: jax.Array  # [N, TOKENS, FEATURES]: what each rank has computed

@@ -166,7 +166,7 @@ FACTS = processes.ProcessFacts(1, 7, built=1, flashinfer=1, nvlinked=1, visible_
 
 
 def gathered(monkeypatch, *facts):
-    """As after initialize in a job of as many processes."""
+    """Sets the facts as initialize does in a job of that many processes."""
     monkeypatch.setattr(processes, "_gathered", list(facts))
 
 

@@ -175,7 +175,7 @@ def test_grad(devices, case, axis_type, check_vma):
 
 @pytest.mark.parametrize("rows", [P("data"), P()], ids=["sharded", "replicated"])
 def test_types(cpus, case, rows):
-    """What the results vary over, and that gradients of operands that do not vary are summed."""
+    """Results vary over the right axes; gradients of operands that do not vary are summed."""
     mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4])
     inputs = make_inputs(case, 2)
     if case.has_residual and rows == P():

@@ -118,9 +118,9 @@ def tensor_parallel[Model: nn.Module](
     ``model.init_cache`` makes them.
 
     Args:
-      model: an instance of ``gm.nn.Gemma2_*``, ``Gemma3_*``, ``Gemma4_*`` or of a Transformer of
-        one's own with their config; or one of them in ``gm.nn.LoRA`` or ``gm.nn.IntWrapper``, which may as
-        well be put around the result.
+      model: an instance of ``gm.nn.Gemma2_*``, ``Gemma3_*``, ``Gemma4_*`` or of your own
+        Transformer class with their config; or one of them in ``gm.nn.LoRA`` or
+        ``gm.nn.IntWrapper``, which may as well be put around the result.
       mesh: the mesh; its axes are used as in Auto mode, all of them manual in the blocks.
       axis_name: its axis (or axes) of tensor parallelism.
       batch_axis_name: an axis (or axes) over which tokens and caches are sharded along the batch.
@@ -253,7 +253,7 @@ def _check_config(name: str, config: Any, names: tuple[str, ...], size: int) -> 
 
 
 def _fields(module: nn.Module) -> dict[str, Any]:
-    """What to construct it with again, outside of its parent."""
+    """Returns the arguments that construct the module again, outside of its parent."""
     fields = (f.name for f in dataclasses.fields(module) if f.init and f.name != "parent")
     return {name: getattr(module, name) for name in fields}
 
@@ -278,7 +278,7 @@ def _subclass(cls: type) -> type:
         implementation: Implementation | None
 
         def param_spec(self, path: tuple[str, ...], shape: tuple[int, ...]) -> P:
-            """Of the parameter at path."""
+            """Returns the spec of the parameter at path."""
             size = group_size(self.mesh, self.tp_axes)
             if path[0] == "embedder" and path[-1] in ("input_embedding", "per_layer_embeddings"):
                 return P(self.tp_axes) if shape[0] % size == 0 else P()
@@ -319,7 +319,7 @@ def _subclass(cls: type) -> type:
             nn.jit, static_argnames=("self", "batch_size", "dtype", "cache_length", "sharding")
         )
         def init_cache(self, *, batch_size, dtype, cache_length, sharding=None):
-            """As the official one, with each KV head once for each rank that holds it."""
+            """Returns the official cache, with each KV head once for each rank that holds it."""
             cache = self.config.init_cache(
                 batch_size=batch_size, dtype=dtype, cache_length=cache_length
             )
@@ -585,7 +585,7 @@ def _dense_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail)
 
 
 def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
-    """As _dense_half, with a dense branch, mlp2, and an expert branch, mlp."""
+    """Runs like _dense_half, with a dense branch, mlp2, and an expert branch, mlp."""
     del per_layer_input  # no model has both
     h, (normed, experts_normed) = fused_sandwich(
         attended,
