@@ -1,5 +1,6 @@
 """The README is finished, and its example runs as printed."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -52,6 +53,32 @@ def test_adopt_example():
         "automatic",
         "manual",
     ]
+
+
+ADOPTING = re.findall(
+    r"(<!-- not run: .+ -->\n)?```python\n(.*?)```",
+    (ROOT / "docs" / "adopting.md").read_text(),
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("code", [code for not_run, code in ADOPTING if not not_run])
+def test_adopting_snippets(code):
+    """Each runs alone, unless the page says why it cannot."""
+    for module in set(re.findall(r"from (tunix)", code)):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}: the extra of pyproject.toml")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    if "audit" in code:
+        gather, reduction = "kind='all-gather', shapes=((256, 256),)", "kind='all-reduce', shapes="
+        assert f"[Collective({gather}), Collective({reduction}((2, 8, 256),))]" in result.stdout
 
 
 def test_hazards_are_covered():
