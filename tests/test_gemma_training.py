@@ -7,6 +7,7 @@ import gemma_sizes as sizes
 import jax
 import numpy as np
 import optax
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from kauldron import kd
@@ -32,8 +33,15 @@ class Batches(kd.data.Pipeline):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), next(iter(self)))
 
 
-def test_kauldron(cpus, tmp_path):
-    """Parameters stay where the recipe puts them, over a data and a tensor axis, and are trained."""
+@pytest.fixture
+def compiled_in_a_hurry():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_kauldron(cpus, tmp_path, compiled_in_a_hurry):
+    """Parameters stay where the recipe puts them, over data and tensor axes, and are trained."""
     mesh = make_mesh((2, 4), ("data", "tp"), cpus)
     official = gemma_models.official("Gemma3", 1).clone(tokens="batch.tokens")
     model = tensor_parallel(official, mesh, batch_axis_name="data")
