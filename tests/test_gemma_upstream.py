@@ -61,8 +61,8 @@ def test_restated_code(name):
     assert callable(getattr(integration, name))
     for function, digests in RESTATED[name].items():
         assert digest(function) in digests, (
-            f"{function.__module__}.{function.__qualname__} of gemma {gemma.__version__} is not the "
-            f"code that {name} of the integration restates: compare the two, run "
+            f"{function.__module__}.{function.__qualname__} of gemma {gemma.__version__} is not "
+            f"the code that {name} of the integration restates: compare the two, run "
             "test_gemma_parity.py, then add the digest here and the version to TESTED_VERSIONS"
         )
 

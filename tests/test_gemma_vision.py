@@ -52,9 +52,8 @@ def matmul_fraction(params) -> float:
         for path, leaf in jax.tree.leaves_with_path(params)
         if path[-1].key in ("kernel", "w") and "transformer" in jax.tree_util.keystr(path).lower()
     ]
-    return sum(w.addressable_shards[0].data.nbytes for w in weights) / sum(
-        w.nbytes for w in weights
-    )
+    local = sum(w.addressable_shards[0].data.nbytes for w in weights)
+    return local / sum(w.nbytes for w in weights)
 
 
 def test_siglip():

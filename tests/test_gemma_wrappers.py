@@ -136,9 +136,7 @@ def test_simulated_quantization():
     expected = gemma_models.prefill(wrapped, host)["logits"]
     model, params = sharded(official(), host)
     aware = gm.nn.QuantizationAwareWrapper(model=model, method=method)
-    with pytest.raises(
-        TypeError, match=r"one wrapper .*got \S*_replace_by_simulated_quantization;"
-    ):
+    with pytest.raises(TypeError, match=r"one wrapper .*got \S*_by_simulated_quantization;"):
         aware.apply({"params": params}, sizes.tokens())
 
     def quantize(path, w):

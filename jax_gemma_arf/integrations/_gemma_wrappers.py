@@ -28,9 +28,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 def sharded_axes(of_weights: dict[Path, int]) -> dict[Path, int]:
     """Returns the axis of each parameter of a wrapper that is split over the ranks.
 
-    LoRA replaces ``inputs,w->outputs`` by ``inputs,a,b->outputs``: a has the reduced axes of w, then
-    the rank; b has the rank, then the other axes of w. The kernel and the scale of IntWrapper have
-    the axes of w. An axis that the scale is constant along has size 1 there.
+    LoRA adds ``inputs,a,b->outputs`` to ``inputs,w->outputs``: a has the reduced axes of w, then
+    the rank of the adapter; b has that rank, then the other axes of w. The kernel and the scale of
+    IntWrapper have the axes of w. An axis that the scale is constant along has size 1 there.
 
     Args:
       of_weights: the same for the weights, by their paths in a block.
@@ -62,8 +62,8 @@ def check_active() -> bool:
         names = [_WRAPPER_OF.get(function, _name(function)) for function in active]
         raise TypeError(
             "a tensor parallel model runs in one wrapper that replaces its modules, "
-            f"{' or '.join(_WRAPPER_OF.values())}, got {', '.join(names)}; simulate quantization on "
-            "the parameters instead (docs/sharp_bits.md)"
+            f"{' or '.join(_WRAPPER_OF.values())}, got {', '.join(names)}; simulate quantization "
+            "on the parameters instead (docs/sharp_bits.md)"
         )
     return bool(active)
 

@@ -73,7 +73,7 @@ _SHARDED_AXIS = {
 _SHARDED_AXIS |= wrappers.sharded_axes(_SHARDED_AXIS)
 # The same of the vision encoder, which the compiler partitions: by the end of the path, and counted
 # from the end of the shape, since Gemma 4 stacks the layers. SigLIP in Gemma 3, then Gemma 4.
-_VISION_AXIS = {
+_VISION_AXIS: dict[tuple[str, ...], int] = {
     **{(name, leaf): -2 for name in ("query", "key", "value") for leaf in ("kernel", "bias")},
     ("out", "kernel"): -3,
     ("Dense_0", "kernel"): -1,
@@ -153,7 +153,8 @@ def tensor_parallel[Model: nn.Module](
     if not issubclass(cls, tuple(_SCALE_OFFSET)) or issubclass(cls, _gemma3n.Gemma3nTransformer):
         raise TypeError(
             "model must be an official Gemma 2, 3 or 4 Transformer, in one wrapper at most "
-            f"(gm.nn.Gemma4_31B(), gm.nn.LoRA(model=gm.nn.Gemma3_4B(), rank=4), ...), got {cls.__module__}.{cls.__qualname__}"
+            f"(gm.nn.Gemma4_31B(), gm.nn.LoRA(model=gm.nn.Gemma3_4B(), rank=4), ...), got "
+            f"{cls.__module__}.{cls.__qualname__}"
         )
     if isinstance(model, _TensorParallel):
         raise TypeError("model is tensor parallel already; pass the official one")
@@ -532,7 +533,8 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
                 mask,
                 **({} if shared is None else {"kv_shared_cache": shared}),
             )
-            attended = jnp.broadcast_to(attended, normed.shape)  # both rows of a batch of one
+            if len(normed) > batch:
+                attended = _two_rows(attended)
         new_cache[name] = layer_cache
         feed_forward = _dense_half if layer.experts is None else _moe_half
         per_layer_input = None if per_layer_inputs is None else per_layer_inputs[..., i, :]
