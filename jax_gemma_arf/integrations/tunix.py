@@ -131,7 +131,7 @@ def _unfused(kind: type) -> type:
 
 
 def _initializing(module: nnx.Module) -> bool:
-    """Returns whether qwix runs the model to find its weights: then all must be where Tunix has it."""
+    """Returns whether qwix runs the model to find its weights: then nothing may move."""
     return getattr(module, "disable_quant_stats_update", False)
 
 
