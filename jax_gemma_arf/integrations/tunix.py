@@ -131,7 +131,8 @@ def _unfused(kind: type) -> type:
 
 
 def _initializing(module: nnx.Module) -> bool:
-    """Returns whether qwix runs the model to find its weights: then nothing may move."""
+    """Returns whether qwix runs the model to find its weights: in that run
+    everything must be where Tunix has it."""
     return getattr(module, "disable_quant_stats_update", False)
 
 
