@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
-from gemma import gm
 from gemma_models import ckpts, gemma3n, off
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from runners import check_docstring_example, make_mesh
+from runners import make_mesh
 
 from jax_gemma_arf import lowering
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
@@ -43,11 +42,6 @@ def lookups(variant: str) -> int:
 def row_norms(text: str) -> int:
     """How many RMSNorms over D there are: one rsqrt a token, unlike those over heads."""
     return len(re.findall(rf"rsqrt .*tensor<{sizes.BATCH}x{sizes.TOKENS}x1xb?f\d+>", text))
-
-
-def test_docstring_example(mesh):
-    names = {"gm": gm, "param_shardings": param_shardings}
-    check_docstring_example(tensor_parallel, tensor_parallel=tensor_parallel, mesh=mesh, **names)
 
 
 @all_variants

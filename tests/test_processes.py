@@ -194,7 +194,7 @@ def test_initialize_alone(monkeypatch):
 
 
 def test_a_handle_that_cannot_be_opened(built):
-    """What fails in one process, it still exchanges as often as the others."""
+    """A process in which something fails still exchanges as often as the others."""
     sent = []
     assert built.try_ipc(0, lambda message: sent.append(message) or [bytes(64)]) != 0
     assert len(sent) == 2
@@ -332,7 +332,7 @@ def without_ipc(coordinator: str, index: int) -> None:
     real = extension.load().try_ipc
 
     def foreign(device, gather):
-        """As in separate containers: process 1 gets handles that it cannot open."""
+        """Runs as in separate containers: process 1 gets handles that it cannot open."""
         return real(device, lambda message: [bytes(len(b)) for b in gather(message)])
 
     if index == 1:

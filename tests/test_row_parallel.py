@@ -103,7 +103,7 @@ def loss(outputs):
 
 
 def gradients(function, arrays):
-    """Of all floating arrays."""
+    """Returns the gradients of all floating arrays."""
     leaves, tree = jax.tree.flatten(arrays)
     floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
@@ -193,7 +193,7 @@ def test_scan_over_layers(cpus, remat):
 
 
 def test_no_more_gathers(cpus):
-    """As many collectives as the compiler places in the unmodified code, and none of activations
+    """The compiler places as many collectives in the unmodified code, and none of activations
     but the reduction itself: forward and backward."""
     mesh = fsdp_tp(cpus)
     project, arrays, specs = make("matrix")

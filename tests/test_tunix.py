@@ -135,7 +135,7 @@ def train(model, mesh):
 
 @functools.cache
 def trained_as_it_was(name, weights=None, lora=False):
-    """What training does to the unmodified model on one device."""
+    """Trains the unmodified model on one device."""
     mesh = auto_mesh(jax.devices("cpu"), 1, 1)
     model = make(name, mesh)
     results = train(with_lora(model, mesh, weights) if lora else model, mesh)

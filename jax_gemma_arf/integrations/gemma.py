@@ -134,11 +134,6 @@ def tensor_parallel[Model: nn.Module](
       ValueError: if the mesh lacks an axis, if the axis does not fit the numbers of heads, KV heads
         or hidden units (the error says which, and what sizes would), or if the model has no
         post-attention and post-FF norms (Gemma 1).
-
-    Example:
-      >>> model = tensor_parallel(gm.nn.Gemma3_270M(), mesh)
-      >>> param_shardings(model)["layer_0"]["mlp"]["linear"].spec
-      P('tp',)
     """
     if isinstance(model, wrappers.WRAPPERS) and not isinstance(model.model, wrappers.WRAPPERS):
         inner = tensor_parallel(

@@ -131,7 +131,8 @@ def _unfused(kind: type) -> type:
 
 
 def _initializing(module: nnx.Module) -> bool:
-    """Whether qwix runs the model to find its weights: then all must be where Tunix has it."""
+    """Returns whether qwix runs the model to find its weights: in that run
+    everything must be where Tunix has it."""
     return getattr(module, "disable_quant_stats_update", False)
 
 
