@@ -3,7 +3,16 @@
 Names and shapes of the parameters are google-deepmind/gemma's. ``init``, outside of shard_map,
 makes the hidden units of all ranks, and returns its input in place of each result; ``apply``,
 inside, reads the hidden units of its own rank, so that parameters enter the shard_map as
-``param_specs`` says.
+``param_specs`` says::
+
+    specs = {"params": block.param_specs()}
+    variables = block.init(jax.random.key(0), h)
+    places = jax.tree.map(functools.partial(jax.NamedSharding, mesh), specs)
+    variables = jax.device_put(variables, places)
+    out = jax.shard_map(block.apply, mesh=mesh, in_specs=(specs, P()), out_specs=P())(variables, h)
+
+A mesh in Explicit mode, the default of ``jax.make_mesh``, needs the ``device_put``: its shard_map
+takes arrays that lie as in_specs says, and moves none.
 """
 
 import jax

@@ -4,9 +4,14 @@ Names and shapes of the parameters are google-deepmind/gemma's. A module is made
 shard_map with the hidden units of all ranks; its state enters as ``param_specs`` says, and holds
 those of one rank inside::
 
+    specs = block.param_specs()
     graph, state = nnx.split(block)
+    state = jax.device_put(state, jax.tree.map(functools.partial(jax.NamedSharding, mesh), specs))
     call = lambda state, h: nnx.merge(graph, state)(h)
-    jax.shard_map(call, mesh=mesh, in_specs=(block.param_specs(), P()), out_specs=P())(state, h)
+    out = jax.shard_map(call, mesh=mesh, in_specs=(specs, P()), out_specs=P())(state, h)
+
+A mesh in Explicit mode, the default of ``jax.make_mesh``, needs the ``device_put``: its shard_map
+takes arrays that lie as in_specs says, and moves none.
 """
 
 import jax

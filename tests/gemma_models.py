@@ -13,7 +13,7 @@ import pytest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # from what the package imports
     pytest.importorskip("gemma", reason="needs google-deepmind/gemma: pip install '.[gemma]'")
-    from gemma.gm import ckpts  # noqa: F401 (for test_gemma.py)
+    from gemma.gm import ckpts, text  # noqa: F401 (for other tests)
     from gemma.gm.nn import _config as gemma3_config
     from gemma.gm.nn import _modules as gemma3_modules
     from gemma.gm.nn import _transformer as gemma3

@@ -1,5 +1,6 @@
 """jax_gemma_arf.linen and jax_gemma_arf.nnx: parameter names, values against plain arithmetic."""
 
+import contextlib
 import functools
 
 import jax
@@ -163,6 +164,27 @@ def test_init_returns_what_apply_does(mesh, wrap, next_norms):
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, applied)
     assert jax.tree.structure(made) == jax.tree.structure(applied)
     assert {a.dtype for a in jax.tree.leaves(made)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("module", [linen, blocks_nnx], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("context", [contextlib.nullcontext, jax.set_mesh], ids=["none", "mesh"])
+def test_example_on_a_default_mesh(module, context, cpus):
+    """The code in the docstring, where jax.make_mesh makes the mesh."""
+    mesh = jax.make_mesh((2,), ("tp",), devices=cpus[:2])
+    h = np.random.default_rng(0).standard_normal((3, FEATURES)).astype(np.float32)
+    block = linen.FeedForward(HIDDEN, "tp")
+    if module is blocks_nnx:
+        options = {"axis_name": "tp", "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+        block = blocks_nnx.FeedForward(FEATURES, HIDDEN, **options)
+    names = {"block": block, "mesh": mesh, "h": h, "jax": jax, "nnx": nnx, "P": P}
+    names["functools"] = functools
+    code = "\n".join(line[4:] for line in module.__doc__.splitlines() if line.startswith("    "))
+    with context(mesh):
+        exec(code, names)
+    p = names["variables"]["params"] if module is linen else nnx.to_pure_dict(names["state"])
+    p = jax.tree.map(np.asarray, p)
+    want = norm(expected_mlp(norm(h, p["pre_ffw_norm"]["scale"]), p["mlp"]), 1.0) + h
+    np.testing.assert_allclose(names["out"], want, atol=1e-4)
 
 
 def test_a_parent_that_unpacks(mesh):

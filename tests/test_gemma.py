@@ -1,7 +1,10 @@
 """The integration itself: what is compiled, how arrays lie, and what is refused."""
 
+import functools
+import pickle
 import re
 
+import cloudpickle
 import gemma_models
 import gemma_sizes as sizes
 import jax
@@ -167,6 +170,10 @@ def test_checkpoint(mesh, tmp_path):
     params = ckpts.load_params(tmp_path / "params", params=wanted, donate=False)
     model.apply({"params": params}, sizes.tokens())  # which checks how they lie
     jax.tree.map(np.testing.assert_array_equal, params, host)
+    lazily = functools.partial(param_shardings, model)
+    again = ckpts.load_params(tmp_path / "params", sharding=lazily)
+    jax.tree.map(np.testing.assert_array_equal, again, host)
+    assert jax.tree.map(lambda a: a.sharding, again) == param_shardings(model)
 
 
 def test_parameter_trees(mesh):
@@ -244,6 +251,28 @@ def test_no_post_norms(mesh):
     model = gemma_models.official("Gemma3", use_post_attn_norm=False)
     with pytest.raises(ValueError, match="no norms after attention and feed-forward"):
         tensor_parallel(model, mesh)
+
+
+def test_pickle(mesh, monkeypatch):
+    """By the official class and the devices' ids, since neither class nor devices pickle."""
+    model = tensor_parallel(gemma_models.official("31B"), mesh, implementation="xla")
+    for module in (pickle, cloudpickle):
+        again = module.loads(module.dumps(model))
+        assert again == model
+        assert hash(again) == hash(model)
+        assert again.mesh is model.mesh
+    pickled = pickle.dumps(model)
+    monkeypatch.setattr(jax, "devices", lambda platform: mesh.devices[:1])
+    with pytest.raises(
+        ValueError, match=r"this process lacks \[\('cpu', 1\)\]; pickle the official"
+    ):
+        pickle.loads(pickled)
+
+
+def test_captured_intermediates(mesh):
+    model = tensor_parallel(gemma_models.official("31B"), mesh)
+    with pytest.raises(NotImplementedError, match="capture_intermediates must be False"):
+        model.apply({}, sizes.tokens(), capture_intermediates=True)
 
 
 def test_parameters_that_lie_otherwise(mesh):

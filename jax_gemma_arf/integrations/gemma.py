@@ -23,6 +23,7 @@ from typing import Any
 import gemma
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from gemma.gm.nn import _modules as _gemma3_modules
 from gemma.gm.nn import _transformer as _gemma3
@@ -36,6 +37,7 @@ from kauldron import kd
 
 from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_ff, fused_sandwich
 from jax_gemma_arf.integrations import _gemma_wrappers as wrappers
+from jax_gemma_arf.integrations import _mesh_modes
 from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
 from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
@@ -121,7 +123,8 @@ def tensor_parallel[Model: nn.Module](
       model: an instance of ``gm.nn.Gemma2_*``, ``Gemma3_*``, ``Gemma4_*`` or of your own
         Transformer class with their config; or one of them in ``gm.nn.LoRA`` or
         ``gm.nn.IntWrapper``, which may as well be put around the result.
-      mesh: the mesh; its axes are used as in Auto mode, all of them manual in the blocks.
+      mesh: the mesh, in either mode. The model runs in Auto mode, all axes manual in the blocks;
+        docs/sharp_bits.md says in which mode results are. ``model.mesh`` is in Auto mode.
       axis_name: its axis (or axes) of tensor parallelism.
       batch_axis_name: an axis (or axes) over which tokens and caches are sharded along the batch.
       implementation: as in :func:`jax_gemma_arf.fused_post_ff`.
@@ -182,10 +185,12 @@ def param_shardings(model: nn.Module, params: Any = None) -> Any:
         ``model.init`` makes of text. Complete checkpoints of Gemma 4 have more: pass theirs.
 
     Returns:
-      The same tree of NamedSharding. The vocabulary is split where the ranks divide it, else
-      whole on each. Use it with ``jax.device_put`` or ``jax.jit``. To restore a checkpoint that no
-      device holds alone, give ``gm.ckpts.load_params(path, params=..., donate=False)`` a tree of
-      ``jax.ShapeDtypeStruct`` with these.
+      The same tree of NamedSharding; the mesh is in the mode of the context mesh, else in Auto
+      mode. The vocabulary is split where the ranks divide it, else whole on each. Use it with
+      ``jax.device_put`` or ``jax.jit``. This restores a checkpoint that no device holds alone::
+
+          shardings = functools.partial(param_shardings, model)
+          params = gm.ckpts.load_params(path, sharding=shardings)
 
     Raises:
       TypeError: if model is not from tensor_parallel.
@@ -199,16 +204,17 @@ def param_shardings(model: nn.Module, params: Any = None) -> Any:
     if params is None:
         tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    if hasattr(params, "tree"):  # in which gm.ckpts.load_params wraps a checkpoint for sharding=
+        return params.replace(tree=param_shardings(model, params.tree))
     if "layer_0" not in params or "embedder" not in params:
         raise ValueError(
             'params must be the tree that model.apply({"params": params}) takes, with "embedder" '
             f'and "layer_0" at its top, got the keys {sorted(map(str, params))[:3]}; nest flat '
             'names with flax.traverse_util.unflatten_dict(params, sep="/")'
         )
+    mesh = _mesh_modes.callers_mesh(transformer.mesh) or transformer.mesh
     return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(
-            transformer.mesh, transformer.param_spec(_keys(path), leaf.shape)
-        ),
+        lambda path, leaf: NamedSharding(mesh, transformer.param_spec(_keys(path), leaf.shape)),
         params,
     )
 
@@ -297,18 +303,45 @@ def _subclass(cls: type) -> type:
             divides = batch % group_size(self.mesh, self.batch_axes) == 0
             return P(self.batch_axes if divides else None)
 
-        def apply(self, variables, *args, **kwargs):
+        def __reduce__(self):
+            # Python finds neither this class by its name nor the devices of a mesh.
+            mesh = self.mesh
+            devices = [(device.platform, device.id) for device in mesh.devices.flat]
+            fields = _fields(self) | {"mesh": (devices, mesh.axis_sizes, mesh.axis_names)}
+            return _unpickle, (cls, fields)
+
+        def apply(self, variables, *args, capture_intermediates=False, **kwargs):
+            if capture_intermediates:
+                raise NotImplementedError(
+                    "capture_intermediates must be False for a tensor parallel model, got "
+                    f"{capture_intermediates!r}: its blocks run in one jax.shard_map, without the "
+                    "modules whose results Flax captures. return_hidden_states=True returns the "
+                    "last ones; capture the others in the official model"
+                )
             _check_placement(self, variables.get("params", {}))
             return super().apply(variables, *args, **kwargs)
 
         def cache_shardings(self, cache: Any) -> Any:
             """Returns the shardings of a cache, given its arrays or their shapes."""
+            mesh = _mesh_modes.callers_mesh(self.mesh) or self.mesh
+            specs = self.cache_specs(cache, explicit=bool(mesh.explicit_axes))
+            return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
-            def sharding(path, array):  # KV heads [B, S, K, H], positions or lengths
-                heads = (None, self.tp_axes) if path[-1].key in ("k", "v") else ()
-                return NamedSharding(self.mesh, P(*self.batch_spec(array.shape[0]), *heads))
+        def cache_specs(self, cache: Any, *, explicit: bool = False) -> Any:
+            """Returns the specs of a cache, given its arrays or their shapes.
 
-            return jax.tree.map_with_path(sharding, cache)
+            explicit: on a mesh in Explicit mode. The lengths are whole there, because the official
+            samplers index them, which that mode refuses along a sharded axis.
+            """
+
+            def spec(path, array):  # KV heads [B, S, K, H], positions or lengths
+                name = path[-1].key
+                if explicit and name == "end_index":
+                    return P()
+                heads = (None, self.tp_axes) if name in ("k", "v") else ()
+                return P(*self.batch_spec(array.shape[0]), *heads)
+
+            return jax.tree.map_with_path(spec, cache)
 
         # Compiled, as the official one, so that no device ever holds the whole cache.
         @functools.partial(
@@ -316,22 +349,58 @@ def _subclass(cls: type) -> type:
         )
         def init_cache(self, *, batch_size, dtype, cache_length, sharding=None):
             """Returns the official cache, with each KV head once for each rank that holds it."""
-            cache = self.config.init_cache(
-                batch_size=batch_size, dtype=dtype, cache_length=cache_length
-            )
-            for layer in cache.values():
-                copies = _copies(self, layer["k"].shape[2])
-                layer.update({name: jnp.repeat(layer[name], copies, axis=2) for name in ("k", "v")})
-            if sharding is None:
-                sharding = self.cache_shardings(cache)
-            return kd.sharding.with_sharding_constraint(cache, sharding)
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                cache = self.config.init_cache(
+                    batch_size=batch_size, dtype=dtype, cache_length=cache_length
+                )
+                for layer in cache.values():
+                    copies = _copies(self, layer["k"].shape[2])
+                    layer.update(
+                        {name: jnp.repeat(layer[name], copies, axis=2) for name in ("k", "v")}
+                    )
+                if sharding is None:
+                    sharding = self.cache_shardings(cache)
+                sharding = jax.tree.map(_mesh_modes.sharding_in_auto_mode, sharding)
+                cache = kd.sharding.with_sharding_constraint(cache, sharding)
+            mesh = _mesh_modes.callers_mesh(self.mesh) or self.mesh
+            return _mesh_modes.in_mode_of(mesh, cache, self.cache_specs(cache, explicit=True))
 
         @functools.wraps(cls.__call__)
-        def __call__(self, *args, **kwargs):
+        def __call__(self, tokens, **kwargs):
+            if self.is_initializing():
+                return super().__call__(_mesh_modes.blank(tokens), **_mesh_modes.blank(kwargs))
             if wrappers.check_active() and not self.is_initializing():  # apply was the wrapper's
                 _check_placement(self, self.variables.get("params", {}))
+            mesh = _mesh_modes.callers_mesh(self.mesh, (tokens, kwargs))
+            explicit = mesh is not None and mesh.explicit_axes
             with nn.intercept_methods(functools.partial(_vocabulary_parallel, self)):
-                return super().__call__(*args, **kwargs)
+                if explicit or _mesh_modes.any_explicit((self.variables, tokens, kwargs)):
+                    arrays = {k: v for k, v in kwargs.items() if _mesh_modes.has_arrays(v)}
+                    static = tuple((k, v) for k, v in kwargs.items() if k not in arrays)
+                    out = self._call_in_auto_mode(tokens, arrays, static=static)
+                else:
+                    out = super().__call__(tokens, **kwargs)
+            if mesh is None:
+                logits, hidden = _mesh_modes.without_mesh((out.logits, out.hidden_states))
+                out = out.replace(logits=logits, hidden_states=hidden)
+            return out
+
+        # Compiled, so that no array is converted at run time.
+        @functools.partial(nn.jit, static_argnames=("self", "static"))
+        def _call_in_auto_mode(self, tokens, arrays, *, static):
+            """Calls the model with arguments in any mode; results are in the caller's."""
+            convert = functools.partial(_mesh_modes.in_auto_mode, self.mesh)
+            call = nn.map_variables(cls.__call__, "params", convert)
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                out = call(self, convert(tokens), **convert(arrays), **dict(static))
+            mesh = _mesh_modes.callers_mesh(self.mesh, (tokens, arrays))
+            if mesh is None:
+                return out
+            # In Explicit mode the batch is sharded as the tokens are, the vocabulary not at all.
+            batch = P(*jax.typeof(tokens).sharding.spec[:-1])
+            specs = jax.tree.map(lambda _: batch, out)
+            specs = specs.replace(cache=self.cache_specs(out.cache, explicit=True))
+            return _mesh_modes.in_mode_of(mesh, out, specs)
 
         def _apply_attention(self, inputs, cache):
             if self.is_initializing():
@@ -341,6 +410,25 @@ def _subclass(cls: type) -> type:
     TensorParallel.__name__ = cls.__name__
     TensorParallel.__qualname__ = f"tensor_parallel({cls.__qualname__})"
     return TensorParallel
+
+
+def _unpickle(cls: type, fields: dict[str, Any]) -> nn.Module:
+    """Makes a tensor parallel model again, on devices of this process.
+
+    Args:
+      cls: the official class.
+      fields: of the model; mesh as its devices' platforms and ids, its sizes and names.
+    """
+    devices, sizes, names = fields["mesh"]
+    platforms = {platform for platform, _ in devices}
+    found = {(d.platform, d.id): d for platform in platforms for d in jax.devices(platform)}
+    if missing := [device for device in devices if device not in found]:
+        raise ValueError(
+            f"the model was pickled with the devices {devices}, of which this process lacks "
+            f"{missing}; pickle the official model, and make it tensor parallel where it runs"
+        )
+    mesh = Mesh(np.array([found[device] for device in devices]).reshape(sizes), names)
+    return _subclass(cls)(**fields | {"mesh": mesh})
 
 
 def _copies(model, kv_heads: int) -> int:
@@ -472,7 +560,7 @@ def _run_blocks_on_mesh(model, inputs, cache):
     params = {name: params[name] for name in names}
     _check_cache(model, cache)
     batch = model.batch_spec(inputs.embeddings.shape[0])
-    cache_specs = jax.tree.map(lambda sharding: sharding.spec, model.cache_shardings(cache))
+    cache_specs = model.cache_specs(cache)
     in_specs = (
         jax.tree.map_with_path(lambda path, a: model.param_spec(_keys(path), a.shape), params),
         jax.tree.map(lambda _: batch, inputs),
