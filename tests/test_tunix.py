@@ -223,7 +223,7 @@ def test_sampling(cpus, name):
     plain = sample(make(name, mesh, is_sampling=True), mesh)
     fused = sample(tunix.tensor_parallel(make(name, mesh, is_sampling=True), mesh), mesh)
     assert fused.text == plain.text
-    assert len(set(plain.text[0].split())) > 2
+    assert len(set(plain.text[0].split())) > 1
     for one, other in zip(fused.logits, plain.logits):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 

@@ -61,12 +61,12 @@ class _Site:
 
 
 def tensor_parallel(
-    model: nnx.Module,
+    model: Any,
     mesh: Mesh,
     *,
     axis_name: str = "tp",
     implementation: Implementation | None = None,
-) -> nnx.Module:
+) -> Any:
     """Makes the layers of a Tunix model end in fused tails, in place.
 
     A dense layer, and one of 26B-A4B, is then two launches. With per-layer inputs (E2B, E4B) it is
@@ -353,7 +353,7 @@ def _experts(module: nnx.Module, x: jax.Array, site: _Site, layer: Any) -> Proje
     specs = [units.get(path[0].key, P()) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
 
     def project(leaves, x):
-        local = nnx.merge(graph, tree.unflatten(leaves))
+        local: Any = nnx.merge(graph, tree.unflatten(leaves))
         local.hidden_dim //= site.mesh.shape[site.axis_name]
         return local(x)
 
