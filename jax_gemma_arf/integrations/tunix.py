@@ -291,7 +291,7 @@ def _gemma4_layer(kind: type, site: _Site) -> type:
         )
         return cache, kv, hidden, [row.astype(self.config.dtype) for row in normed]
 
-    def feed_forward(self, hidden, normed, per_layer_input):
+    def feed_forward(self, hidden, normed, per_layer_input: Any):
         units = self.mlp.block(normed[0])
         last = self.config.per_layer_input_dim == 0 or per_layer_input is None
         skip_scale = self.skip_scale.value
