@@ -296,14 +296,13 @@ def _row_parallel(
         arrays = zip(projections, operands["params"], operands["x"], operands["bias"])
         sums = [_partial_sums(*array, shape, names) for array in arrays]
         others = operands["residual"], *operands["norm_scales"], operands["layer_scalar"]
-        following = operands["next_norm_scale"]
-        tail: Callable[..., Any]
+        following = {"next_norm_scale": operands["next_norm_scale"]}
         if len(sums) == 2:
-            tail = functools.partial(fused_moe_tail, next_norm_scale=following)
-        elif following is None:
+            tail: Any = functools.partial(fused_moe_tail, **following)
+        elif next_norm_scale is None:
             tail = fused_post_ff
         else:
-            tail = functools.partial(fused_sandwich, next_norm_scale=following)
+            tail = functools.partial(fused_sandwich, **following)
         return tail(*sums, *others, axis_name=names, **options)
 
     if _is_explicit(mesh):  # where shard_map demands operands that are sharded as it is told
