@@ -222,8 +222,9 @@ SUM_EPS, SUM_SCALE = 2.0**126, 2.0**63
 
 
 def _sum_by_norm(options: Options, x: jax.Array) -> tuple[jax.Array, ...]:
-    """The kernel as an all-reduce alone."""
-    options = dataclasses.replace(options, eps=SUM_EPS, scale_offset=SUM_SCALE)
+    """Our kernel as an all-reduce alone, also for an implementation that rounds otherwise."""
+    implementation = "cuda" if options.implementation == "cuda" else None
+    options = Options(options.axis_name, SUM_EPS, SUM_SCALE, implementation)
     return _bind(options, Operands((x,), (jnp.zeros(x.shape[-1], jnp.float32),)))
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
+from jax.core import Tracer
+from jax.extend.core import Jaxpr, Literal
 from jax.sharding import AxisType, PartitionSpec
 
 from jax_gemma_arf.fused_ops import (
@@ -295,13 +296,13 @@ def _row_parallel(
         arrays = zip(projections, operands["params"], operands["x"], operands["bias"])
         sums = [_partial_sums(*array, shape, names) for array in arrays]
         others = operands["residual"], *operands["norm_scales"], operands["layer_scalar"]
-        following = operands["next_norm_scale"]
+        following = {"next_norm_scale": operands["next_norm_scale"]}
         if len(sums) == 2:
-            tail = functools.partial(fused_moe_tail, next_norm_scale=following)
-        elif following is None:
+            tail: Any = functools.partial(fused_moe_tail, **following)
+        elif next_norm_scale is None:
             tail = fused_post_ff
         else:
-            tail = functools.partial(fused_sandwich, next_norm_scale=following)
+            tail = functools.partial(fused_sandwich, **following)
         return tail(*sums, *others, axis_name=names, **options)
 
     if _is_explicit(mesh):  # where shard_map demands operands that are sharded as it is told
@@ -366,17 +367,17 @@ def _added_constants(jaxpr, from_x: set) -> Iterator[Any]:
     """Yields the sums of a term that depends on x, which are the variables in from_x, and one that
     does not."""
     for eqn in jaxpr.eqns:
-        depends = [not isinstance(v, core.Literal) and v in from_x for v in eqn.invars]
+        depends = [not isinstance(v, Literal) and v in from_x for v in eqn.invars]
         if not any(depends):
             continue
         from_x.update(eqn.outvars)
         if eqn.primitive.name in ("add", "sub", "add_any") and not all(depends):
             (term,) = (v for v, of_x in zip(eqn.invars, depends) if not of_x)
-            if not (isinstance(term, core.Literal) and term.val == 0):
+            if not (isinstance(term, Literal) and term.val == 0):
                 yield eqn
         for param in eqn.params.values():  # of jit and the like
-            inner = param.jaxpr if isinstance(param, core.ClosedJaxpr) else param
-            if isinstance(inner, core.Jaxpr) and len(inner.invars) == len(depends):
+            inner = getattr(param, "jaxpr", param)
+            if isinstance(inner, Jaxpr) and len(inner.invars) == len(depends):
                 yield from _added_constants(
                     inner, {v for v, of_x in zip(inner.invars, depends) if of_x}
                 )
@@ -475,7 +476,7 @@ def _spec_of_array(path, array, *, explicit: bool) -> PartitionSpec:
     sharding = None
     if explicit:
         sharding = jax.typeof(array).sharding
-    elif not isinstance(array, jax.core.Tracer):
+    elif not isinstance(array, Tracer):
         sharding = getattr(array, "sharding", None)
         if not isinstance(sharding, jax.NamedSharding):  # of an array on one device, or NumPy's
             return PartitionSpec()

@@ -61,12 +61,12 @@ class _Site:
 
 
 def tensor_parallel(
-    model: nnx.Module,
+    model: Any,
     mesh: Mesh,
     *,
     axis_name: str = "tp",
     implementation: Implementation | None = None,
-) -> nnx.Module:
+) -> Any:
     """Makes the layers of a Tunix model end in fused tails, in place.
 
     A dense layer, and one of 26B-A4B, is then two launches. With per-layer inputs (E2B, E4B) it is
@@ -291,15 +291,15 @@ def _gemma4_layer(kind: type, site: _Site) -> type:
         )
         return cache, kv, hidden, [row.astype(self.config.dtype) for row in normed]
 
-    def feed_forward(self, hidden, normed, per_layer_input):
+    def feed_forward(self, hidden, normed, per_layer_input: Any):
         units = self.mlp.block(normed[0])
-        last = self.config.per_layer_input_dim == 0 or per_layer_input is None
+        inputs = per_layer_input if self.config.per_layer_input_dim > 0 else None
         skip_scale = self.skip_scale.value
         # Tunix multiplies by the scalar outside of any cast, so this is the dtype of the result.
         dtype = jnp.result_type(hidden, skip_scale)
-        if last:
-            hidden = hidden.astype(dtype)
-        scalar = skip_scale if last else None
+        scalar = None
+        if inputs is None:
+            hidden, scalar = hidden.astype(dtype), skip_scale
         if self.config.enable_moe:
             hidden = row_parallel_moe_tail(
                 _projection(self.mlp.down_proj, units, site),
@@ -322,9 +322,9 @@ def _gemma4_layer(kind: type, site: _Site) -> type:
                 self.post_ffw_norm,
                 layer_scalar=scalar,
             )
-        if last:
+        if inputs is None:
             return hidden
-        mapped = jax.nn.gelu(self.per_layer_input_gate(hidden)) * per_layer_input
+        mapped = jax.nn.gelu(self.per_layer_input_gate(hidden)) * inputs
         return _tail(
             site,
             self,
@@ -353,7 +353,7 @@ def _experts(module: nnx.Module, x: jax.Array, site: _Site, layer: Any) -> Proje
     specs = [units.get(path[0].key, P()) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
 
     def project(leaves, x):
-        local = nnx.merge(graph, tree.unflatten(leaves))
+        local: Any = nnx.merge(graph, tree.unflatten(leaves))
         local.hidden_dim //= site.mesh.shape[site.axis_name]
         return local(x)
 
