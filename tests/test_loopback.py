@@ -44,7 +44,7 @@ def gpu(require_gpus):
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=lambda dtype: jnp.dtype(dtype).name)
 def test_all_reduce_for_a_derivative(dtype, algorithm):
     """The norm that changes nothing: the exact sums, rounded once, from tiny to huge."""
-    exponents = np.linspace(-14, 14 if dtype == F16 else 48, 9)
+    exponents = np.linspace(-14, 12 if dtype == F16 else 48, 9)  # within the range of dtype
     x = np.random.default_rng(0).standard_normal((4, 9, 640)) * 2.0 ** exponents[:, None]
     x = jnp.asarray(x, dtype)
     sums = loopback_tail(

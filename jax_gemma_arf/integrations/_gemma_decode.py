@@ -87,9 +87,7 @@ def _project_gemma4(attention, params, x, positions, query_only):
     else:
         key, value = jnp.einsum("BTD,CKDH->CBTKH", x, params["kv_einsum"]["w"])[:, :batch]
     scales = [_scale(params, name, w) for name in ("query_norm", "key_norm", "value_norm")]
-    # Else XLA would norm queries, keys and values each in the kernel that rotates or converts them.
-    # This way the rotation is part of the write to the cache.
-    heads = jax.lax.optimization_barrier(_norm_heads([query, key, value], scales))
+    heads = _norm_heads([query, key, value], scales)
     rotated, value = jnp.split(heads, [query.shape[2] + key.shape[2]], axis=2)
     query, key = jnp.split(_rotate(attention, rotated, positions), [query.shape[2]], axis=2)
     return query, key, value
