@@ -75,8 +75,8 @@ class _Types:
 def _forward(options, operands):
     # The backward pass needs the reduced rows. The kernel returns only what comes after them, so it
     # reduces here, and XLA computes the rest. Saving the rows costs what the partial sums would.
-    sums = tuple(_bind(options, Operands((x,), ()))[0] for x in operands.partial_sums)
-    sums = checkpoint_name(sums, SAVED_SUMS)
+    sums = [_bind(options, Operands((x,), ()))[0] for x in operands.partial_sums]
+    sums = tuple(checkpoint_name(row, SAVED_SUMS) for row in sums)
     types = _Types(tuple(map(jax.typeof, operands.partial_sums)))
     reduced = operands._replace(partial_sums=sums)
     return _tail(options, reduced), (reduced, types)
