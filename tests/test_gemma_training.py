@@ -18,7 +18,7 @@ from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batches(kd.data.Pipeline):
-    """The same batch for ever."""
+    """One batch, repeated without end."""
 
     def __iter__(self):
         tokens = sizes.tokens()
