@@ -623,7 +623,12 @@ def main() -> None:
         help="default: all; the compiler is slow for 26B-A4B on one GPU",
     )
     parser.add_argument("--prompt", type=int, default=1024, help="tokens, and length of the cache")
-    parser.add_argument("--steps", type=int, default=16, help="of each timed decode")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=64,
+        help="of each timed decode; a run costs 2 to 3 ms once, which is divided by them",
+    )
     parser.add_argument("--flag-sets", nargs="+", choices=common.FLAG_SETS, default=["A"])
     parser.add_argument("--no-profile", action="store_true", help="wall times alone")
     arguments = parser.parse_args()
