@@ -4,6 +4,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import (
@@ -23,8 +24,18 @@ from cases import (
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from runners import FLASHINFER, LOOPBACK, MULTI_GPU, MULTI_GPU_FLASHINFER, XLA, Runner
+from jax.sharding import PartitionSpec as P
+from runners import (
+    FLASHINFER,
+    LOOPBACK,
+    MULTI_GPU,
+    MULTI_GPU_FLASHINFER,
+    XLA,
+    Runner,
+    make_mesh,
+)
 
+import jax_gemma_arf as jga
 from jax_gemma_arf import extension
 
 
@@ -239,3 +250,74 @@ def _ordered(values: np.ndarray) -> np.ndarray:
     """16-bit floats as integers in the order of their values, so that neighbours differ by one."""
     bits = values.view(np.uint16).astype(np.int32)
     return np.where(bits & 0x8000, 0x8000 - bits, bits)
+
+
+WIDTH, UNITS = 640, 512
+
+
+@pytest.fixture(params=["xla", "multi_gpu_cuda", "multi_gpu_flashinfer"])
+def implementation(request, cpus, require_gpus):
+    """An implementation and two devices that run it."""
+    name = request.param.removeprefix("multi_gpu_")
+    if name == "xla":
+        return name, cpus[:2]
+    if missing := extension.why_missing(name):
+        pytest.skip(f"needs the kernel: {missing}")
+    return name, require_gpus(2)
+
+
+def test_block_norms_before_it_adds(implementation):
+    """A whole Gemma block agrees with float64, and with no block whose adds come before its norms:
+    what a Llama-style fusion would compute from the same weights."""
+    name, devices = implementation
+    rng = np.random.default_rng(0)
+    attended, residual = (rng.standard_normal((5, size)) for size in (UNITS, WIDTH))
+    weights = {
+        key: rng.standard_normal(shape) * shape[-2] ** -0.5
+        for key, shape in {
+            "out": (UNITS, WIDTH),
+            "gate_up": (2, WIDTH, UNITS),
+            "down": (UNITS, WIDTH),
+        }.items()
+    }
+    scales = [1 + rng.standard_normal(WIDTH) / 4 for _ in range(3)]
+
+    def block(attended, residual, weights, post_attention, pre_ff, post_ff):
+        options = {"axis_name": "tp", "implementation": name}
+        hidden, normed = jga.fused_sandwich(
+            attended @ weights["out"], residual, post_attention, next_norm_scale=pre_ff, **options
+        )
+        gate, up = normed @ weights["gate_up"]
+        partial_sums = (jax.nn.gelu(gate) * up) @ weights["down"]
+        return jga.fused_post_ff(partial_sums, hidden, post_ff, 0.5, **options)
+
+    def expected(*, norm_first: bool) -> np.ndarray:
+        def norm(row, scale):
+            return row / np.sqrt((row * row).mean(-1, keepdims=True) + 1e-6) * scale
+
+        def tail(row, residual, scale):
+            return norm(row, scale) + residual if norm_first else norm(row + residual, scale)
+
+        hidden = tail(attended @ weights["out"], residual, scales[0])
+        gate, up = norm(hidden, scales[1]) @ weights["gate_up"]
+        gelu = np.asarray(jax.nn.gelu(jnp.asarray(gate, F32)), np.float64)
+        return 0.5 * tail((gelu * up) @ weights["down"], hidden, scales[2])
+
+    mesh = make_mesh((2,), ("tp",), devices)
+    specs = {"out": P("tp"), "gate_up": P(None, None, "tp"), "down": P("tp")}
+    in_specs = (P(None, "tp"), P(), specs, P(), P(), P())
+    call = jax.jit(jax.shard_map(block, mesh=mesh, in_specs=in_specs, out_specs=P()))
+    arguments = attended, residual, weights, *scales
+    placed = jax.tree.map(
+        lambda a, spec: jax.device_put(a.astype(F32), jax.NamedSharding(mesh, spec)),
+        arguments,
+        in_specs,
+    )
+    out = np.asarray(call(*placed))
+
+    def error(want):
+        return np.linalg.norm(out - want) / np.linalg.norm(want)
+
+    # On GPUs float32 matmuls may run in TF32.
+    assert error(expected(norm_first=True)) < 1e-2
+    assert error(expected(norm_first=False)) > 0.2
