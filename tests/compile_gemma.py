@@ -7,8 +7,10 @@ XLA makes of a lookup in a sharded table shows only in programs compiled for GPU
 plugin of JAX, which test_gemma_compiled.py puts on the path.
 """
 
+import concurrent.futures
 import functools
 import json
+import os
 import sys
 
 import gemma_models
@@ -101,13 +103,16 @@ def collectives(text: str) -> list[tuple[str, int]]:
 
 
 def main() -> None:
-    for variant in sys.argv[1:]:
-        for ranks, batch, loop in PROGRAMS:
-            row = {"variant": variant, "ranks": ranks, "batch": batch, "loop": loop}
-            found = collectives(compiled(variant, ranks, batch, loop))
-            print(json.dumps(row | {"collectives": found}), flush=True)
-        found = collectives(compiled(variant, 2, 1, loop=True, official=True))
-        print(json.dumps({"variant": variant, "official": True, "collectives": found}), flush=True)
+    variants = sys.argv[1:]
+    rows = [
+        {"variant": variant, "ranks": ranks, "batch": batch, "loop": loop, "official": official}
+        for variant in variants
+        for official, programs in ((False, PROGRAMS), (True, [(2, 1, True)]))
+        for ranks, batch, loop in programs
+    ]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row, text in zip(rows, pool.map(lambda row: compiled(**row), rows)):
+            print(json.dumps(row | {"collectives": collectives(text)}), flush=True)
 
 
 if __name__ == "__main__":

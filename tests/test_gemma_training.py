@@ -40,6 +40,7 @@ def compiled_in_a_hurry():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.filterwarnings("ignore:capture_intermediates gets only:UserWarning")
 def test_kauldron(cpus, tmp_path, compiled_in_a_hurry):
     """Parameters stay where the recipe puts them, over data and tensor axes, and are trained."""
     mesh = make_mesh((2, 4), ("data", "tp"), cpus)

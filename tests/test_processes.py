@@ -174,7 +174,9 @@ def test_all_try_ipc_or_none_does(monkeypatch, unable):
 
     stand_in = types.SimpleNamespace(try_ipc=try_ipc)
     monkeypatch.setattr(extension, "load", lambda: stand_in)
-    facts = processes.ProcessFacts(1, 7, built=1, nvlinked=1, visible_gpus=4, disabled=0)
+    facts = processes.ProcessFacts(
+        1, 7, built=1, flashinfer=1, nvlinked=1, visible_gpus=4, disabled=0
+    )
     elsewhere = dataclasses.replace(facts, host=2)
     assert processes._ipc_error([facts, facts, elsewhere]) == 201
     assert tried == [(3, sent[1:2])]

@@ -311,15 +311,18 @@ def _subclass(cls: type) -> type:
             return _unpickle, (cls, fields)
 
         def apply(self, variables, *args, capture_intermediates=False, **kwargs):
-            if capture_intermediates:
-                raise NotImplementedError(
-                    "capture_intermediates must be False for a tensor parallel model, got "
-                    f"{capture_intermediates!r}: its blocks run in one jax.shard_map, without the "
+            if capture_intermediates:  # kauldron's trainer always asks for them
+                warnings.warn(
+                    "capture_intermediates gets only the results of modules outside of the blocks: "
+                    "the blocks of a tensor parallel model run in one jax.shard_map, without the "
                     "modules whose results Flax captures. return_hidden_states=True returns the "
-                    "last ones; capture the others in the official model"
+                    "last ones; capture the others in the official model",
+                    stacklevel=2,
                 )
             _check_placement(self, variables.get("params", {}))
-            return super().apply(variables, *args, **kwargs)
+            return super().apply(
+                variables, *args, capture_intermediates=capture_intermediates, **kwargs
+            )
 
         def cache_shardings(self, cache: Any) -> Any:
             """Returns the shardings of a cache, given its arrays or their shapes."""
@@ -367,9 +370,10 @@ def _subclass(cls: type) -> type:
 
         @functools.wraps(cls.__call__)
         def __call__(self, tokens, **kwargs):
+            wrapped = wrappers.check_active()
             if self.is_initializing():
                 return super().__call__(_mesh_modes.blank(tokens), **_mesh_modes.blank(kwargs))
-            if wrappers.check_active() and not self.is_initializing():  # apply was the wrapper's
+            if wrapped:  # apply was the wrapper's
                 _check_placement(self, self.variables.get("params", {}))
             mesh = _mesh_modes.callers_mesh(self.mesh, (tokens, kwargs))
             explicit = mesh is not None and mesh.explicit_axes
