@@ -32,7 +32,7 @@ class Projection(NamedTuple):
       project: called as ``project(params, x)`` on the slices of one rank. Returns the partial sums
         of this rank, [..., D] as residual is there, bfloat16, float16 or float32. Linear in x.
       params: any tree of arrays: a weight, a LoRA pair, integers with their scales.
-      x: [..., *features], residual's leading axes first, such as [B, T, F] or [B, T, N, H].
+      x: ``[..., *features]``, residual's leading axes first, such as [B, T, F] or [B, T, N, H].
       bias: [D], replicated, added to the sum once; None for none.
       params_spec: PartitionSpecs of params, or of subtrees of it. Only axis_name counts: over other
         axes of the mesh (FSDP) parameters are gathered on entry, as for any matmul, and their
