@@ -30,8 +30,8 @@ def audit(compiled: Any, *, elements: int = 0) -> list[Collective]:
     """Returns the collectives of a compiled program.
 
     Where the compiler places the collectives, StableHLO does not show them. Compare with the
-    unmodified model, and look for those of activations: with ``elements`` = tokens x D on a device,
-    small ones are left out.
+    unmodified model, and look for collectives of activations: with ``elements`` = tokens x D on a
+    device, smaller collectives are left out.
 
     Args:
       compiled: what ``jax.jit(f).lower(...).compile()`` returns, or its text. A collective in the

@@ -123,11 +123,10 @@ def workspaces() -> list[dict[str, Any]]:
     """The workspaces of this process: peer-mapped device memory, outside JAX's own pool.
 
     Returns:
-      One dict for each rank's part: implementation ("cuda" or "flashinfer"), device (CUDA
-      ordinal), rank, nranks, algorithm, capacity (bytes
-      of the largest message), bytes (of device memory), base (its address), and damage: "", or how
-      the guard words around the slots were overwritten, by a stray write of some kernel. Reading
-      them waits for the GPUs.
+      One dict for each rank's part: implementation ("cuda" or "flashinfer"), device (CUDA ordinal),
+      rank, nranks, algorithm, capacity (bytes of the largest message), bytes (of device memory),
+      base (its address), and damage: "", or how the guard words around the slots were overwritten,
+      by a stray write of some kernel. Reading them waits for the GPUs.
     """
     return [
         {"implementation": implementation, **part}

@@ -152,7 +152,7 @@ def test_matches_unsharded(cpus, name, axis_type):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_current_mesh(cpus, axis_type):
-    """Without a mesh, that of jax.set_mesh; without specs, those of the arrays."""
+    """The mesh defaults to the mesh of jax.set_mesh, and specs to the sharding of the arrays."""
     mesh = fsdp_tp(cpus, axis_type)
     project, arrays, specs = make("lora")
     with jax.set_mesh(mesh):

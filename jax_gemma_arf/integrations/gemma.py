@@ -93,7 +93,7 @@ def _warn_if_untested(version: str) -> None:
         warnings.warn(
             f"gemma {version} is not a release that jax_gemma_arf.integrations.gemma was tested "
             f"with ({', '.join(TESTED_VERSIONS)}). Parts of its models are restated here, and may "
-            "have changed: compare the logits with those of the official model",
+            "have changed: compare the logits with the official model's",
             stacklevel=3,
         )
 
