@@ -44,6 +44,9 @@ run_stress() {
       step 120 python3 tests/stress.py --implementation flashinfer --ranks "$ranks" \
         --calls 1000000 --seconds 60
     done
+    if ((gpus > 1)); then
+      step 120 python3 tests/stress.py --implementation flashinfer --mesh --calls 1000000 --seconds 60
+    fi
   fi
 }
 run_sanitize() {
