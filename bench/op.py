@@ -292,10 +292,6 @@ class Bench:
         call = getattr(jga, f"fused_{op}")
         return functools.partial(call, axis_name="tp", implementation="cuda")
 
-    def has_flashinfer(self, config: Config) -> bool:
-        """Returns whether FlashInfer's kernels were built and have the operation."""
-        return config.op != "moe_tail" and extension.load("flashinfer") is not None
-
     def contenders(self, config: Config) -> Iterator[Contender]:
         """In the order in which they are timed; the second time around comes by itself."""
         if config.op == "second_norm":
@@ -307,12 +303,13 @@ class Bench:
         link, oracle, _ = self.ops[config.op]
         want = oracle_chain(link, oracle)
         fused = self.fused(config.op)
+        kernels = [Contender("fused", chain(link, fused), want)]
+        if config.op != "moe_tail" and extension.load("flashinfer") is not None:
+            by_flashinfer = functools.partial(fused, implementation="flashinfer")
+            kernels.append(Contender("fused flashinfer", chain(link, by_flashinfer), want))
         if self.mode == "loopback":
             yield Contender("sum", chain(link, oracle), want)
-            yield Contender("fused", chain(link, fused), want)
-            if self.has_flashinfer(config):
-                by_flashinfer = functools.partial(fused, implementation="flashinfer")
-                yield Contender("fused flashinfer", chain(link, by_flashinfer), want)
+            yield from kernels
             for algorithm in self.algorithms:
                 forced = functools.partial(fused, algorithm=algorithm)
                 yield Contender(f"fused {algorithm}", chain(link, forced), want)
@@ -321,10 +318,7 @@ class Bench:
             yield Contender("psum", chain(link, psum), want)
             if self.mode == "cpu" or self.flag_set != "A":
                 return
-            yield Contender("fused", chain(link, fused), want)
-            if self.has_flashinfer(config):
-                by_flashinfer = functools.partial(fused, implementation="flashinfer")
-                yield Contender("fused flashinfer", chain(link, by_flashinfer), want)
+            yield from kernels
             for name in self.algorithms:
                 force = functools.partial(
                     mock.patch.object, support, "choose_algorithm", lambda *_, name=name: name

@@ -18,8 +18,6 @@
 
 namespace jax_gemma_arf {
 
-inline constexpr int kVectorBytes = 16;
-
 // Calls `visit` with a zero of the C++ type of dtype.
 template <typename Visit>
 __device__ __forceinline__ void VisitDtype(Dtype dtype, Visit visit) {

@@ -23,6 +23,8 @@ constexpr const char* Name(Algorithm algorithm) {
   return algorithm == Algorithm::kOneShot ? "one_shot" : "two_shot";
 }
 
+// A thread holds this much of a row of partial sums.
+inline constexpr int kVectorBytes = 16;
 inline constexpr int kMaxRanks = 8;
 inline constexpr int kMaxBranches = 2;
 inline constexpr int kMaxNextNorms = 3;
@@ -159,7 +161,7 @@ cudaError_t FindCode(const KernelKind& kind, KernelCode* code);
 // The kernel of a kind: it takes a Launch, or what Enqueue makes of one.
 const void* KernelOf(const KernelKind& kind);
 
-// Loads the kernels of this implementation on the current device, but for those of KernelOf.
+// Loads all other kernels of this implementation on the current device.
 cudaError_t PreloadHelpers();
 
 }  // namespace jax_gemma_arf

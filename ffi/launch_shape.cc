@@ -5,8 +5,6 @@
 namespace jax_gemma_arf {
 namespace {
 
-constexpr int kBytesPerThread = 16;
-
 // 672 threads hold a bfloat16 row of 31B (D = 5376) in one block. They are 21 warps, six of them on
 // one quarter of a multiprocessor, whose 16384 registers give each thread 80: the limit that the
 // build sets (CMakeLists.txt), so that every instantiation can launch.
@@ -20,7 +18,7 @@ struct RowShape {
 };
 
 RowShape ShapeOfRow(Dtype dtype, int hidden) {
-  const int threads = hidden * ItemSize(dtype) / kBytesPerThread;
+  const int threads = hidden * ItemSize(dtype) / kVectorBytes;
   int cluster = 1;
   while (threads / cluster > kMaxThreads) cluster *= 2;
   return {threads / cluster, cluster};
@@ -29,8 +27,7 @@ RowShape ShapeOfRow(Dtype dtype, int hidden) {
 // Shared memory of a block: the scales of its norms (Epilogue).
 int SharedBytes(const KernelKind& kind, int threads, int next_norms) {
   const int scales = OwnScales(kind.branches) + next_norms;
-  return scales * threads * (kBytesPerThread / ItemSize(kind.dtype)) *
-         static_cast<int>(sizeof(float));
+  return scales * threads * (kVectorBytes / ItemSize(kind.dtype)) * static_cast<int>(sizeof(float));
 }
 
 }  // namespace

@@ -20,9 +20,6 @@ from jax_gemma_arf.support import (
     group_size,
 )
 
-#: Bytes of the smallest message that a workspace is made for (kSmallestCapacity in ffi/).
-_SMALLEST = 64 << 10
-
 
 def workspace_bytes(
     max_tokens: int,
@@ -57,14 +54,10 @@ def workspace_bytes(
       >>> jga.workspace_bytes(8, 5376, jnp.bfloat16, mesh=mesh, axis_name="tp")  # 64 and 128 KiB
       787968
     """
-    built = extension.load()
-    if built is None:
-        raise NotImplementedError(f"workspace_bytes: {extension.why_missing()}")
+    if missing := extension.why_missing():
+        raise NotImplementedError(f"workspace_bytes: {missing}")
     ranks = _ranks(max_tokens, width, dtype, mesh, axis_name, branches)
-    return sum(
-        built.workspace_bytes(size.algorithm == "one_shot", ranks, size.capacity)
-        for size in _sizes(max_tokens, width * jnp.dtype(dtype).itemsize, branches, ranks)
-    )
+    return sum(size.bytes for size in _sizes(max_tokens, width, dtype, branches, ranks))
 
 
 def reserve(
@@ -97,7 +90,7 @@ def reserve(
     )
     if not largest:
         return 0
-    sizes = _sizes(max_tokens, width * jnp.dtype(dtype).itemsize, branches, ranks)
+    sizes = _sizes(max_tokens, width, dtype, branches, ranks)
 
     def calls() -> tuple[Any, ...]:
         scale = jnp.ones(width, dtype)
@@ -114,9 +107,7 @@ def reserve(
     # Partial sums that are equal on all ranks, which check_vma would refuse.
     run = jax.shard_map(calls, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False)
     jax.block_until_ready(jax.jit(run)())
-    return workspace_bytes(
-        max_tokens, width, dtype, mesh=mesh, axis_name=axis_name, branches=branches
-    )
+    return sum(size.bytes for size in sizes)
 
 
 def _ranks(max_tokens, width, dtype, mesh, axis_name, branches) -> int:
@@ -138,24 +129,26 @@ def _ranks(max_tokens, width, dtype, mesh, axis_name, branches) -> int:
 
 
 class _Size(NamedTuple):
-    """One workspace: what selects it, and the smallest call that takes it."""
+    """One workspace: its bytes, and the smallest call that takes it."""
 
-    algorithm: str
-    capacity: int  # bytes of its largest message
+    bytes: int
     tokens: int
     branches: int
 
 
-def _sizes(max_tokens: int, row: int, branches: int, ranks: int) -> list[_Size]:
-    """Returns the workspaces that calls can take. row: bytes of one branch's partial sums a token.
+def _sizes(max_tokens, width, dtype, branches, ranks) -> list[_Size]:
+    """Returns the workspaces that calls can take; the extension must be built.
 
     A model that calls fused_moe_tail calls operations with one branch, too.
     """
+    built: Any = extension.load()
+    row = width * jnp.dtype(dtype).itemsize
     sizes: dict[tuple[str, int], _Size] = {}
     for count, tokens in itertools.product(range(1, branches + 1), range(1, max_tokens + 1)):
         algorithm = choose_algorithm(ranks, tokens * count * row)
+        one_shot = algorithm == "one_shot"
         # Two-shot has whole groups of rows, one for each rank.
-        rows = tokens if algorithm == "one_shot" else math.ceil(tokens / ranks) * ranks
-        capacity = max(_SMALLEST, 1 << (rows * count * row - 1).bit_length())
-        sizes.setdefault((algorithm, capacity), _Size(algorithm, capacity, tokens, count))
+        rows = tokens if one_shot else math.ceil(tokens / ranks) * ranks
+        size = built.workspace_bytes(one_shot, ranks, rows * count * row)
+        sizes.setdefault((algorithm, size), _Size(size, tokens, count))
     return list(sizes.values())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
+from runners import check_docstring_example, make_mesh
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import support
@@ -35,6 +35,10 @@ def test_every_size_has_a_workspace(built, ranks, branches):
     mesh = jax.sharding.AbstractMesh((ranks,), ("tp",))
     total = sum(built.workspace_bytes(*size) for size in sizes)
     assert bytes_of(700, width, mesh=mesh, branches=branches) == total
+
+
+def test_example(built):
+    check_docstring_example(jga.workspace_bytes, jga=jga)
 
 
 def test_bad_arguments(built):

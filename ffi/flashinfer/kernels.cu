@@ -19,6 +19,8 @@ namespace {
 
 namespace fi = flashinfer::trtllm_allreduce_fusion;
 
+static_assert(fi::details::kBytesPerAccess == kVectorBytes, "both give a thread as much of a row");
+
 // An enumerator that this library has no other use for: nvcc 13.0 writes a host stub that does not
 // compile for a value that is none. Symbols are hidden, so that no other FlashInfer in the process
 // meets this specialisation.

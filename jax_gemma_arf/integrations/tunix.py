@@ -202,6 +202,19 @@ def _tail(
     )
 
 
+def _after_attention(site: _Site, layer: Any, heads: jax.Array, residual: jax.Array, following):
+    """The end of the first half of a layer, and the norms that follow, with their scales."""
+    return _tail(
+        site,
+        layer,
+        layer.attn.attn_vec_einsum,
+        heads,
+        residual,
+        layer.post_attention_norm,
+        next_norm_scale=following,
+    )
+
+
 def _pre_norm(site: _Site, layer: Any, x: jax.Array) -> jax.Array:
     """Computes the norm that a layer begins with. From a scale that lies sharded the compiler would
     make rows that are sharded alike, and gather those."""
@@ -248,15 +261,7 @@ def _remat(layer: Any, half: Any) -> Any:
 def _gemma3_layer(kind: type, site: _Site) -> type:
     def attend(self, x, *arguments):
         cache, heads = self.attn.block(_pre_norm(site, self, x), *arguments)
-        hidden, normed = _tail(
-            site,
-            self,
-            self.attn.attn_vec_einsum,
-            heads,
-            x,
-            self.post_attention_norm,
-            next_norm_scale=self.pre_ffw_norm.scale.value,
-        )
+        hidden, normed = _after_attention(site, self, heads, x, self.pre_ffw_norm.scale.value)
         return cache, hidden, normed
 
     def feed_forward(self, hidden, normed):
@@ -280,15 +285,7 @@ def _gemma4_layer(kind: type, site: _Site) -> type:
         following = (self.pre_ffw_norm.scale.value,)
         if self.config.enable_moe:
             following += (self.moe_pre_ffw_norm.scale.value,)
-        hidden, normed = _tail(
-            site,
-            self,
-            self.attn.attn_vec_einsum,
-            heads,
-            x,
-            self.post_attention_norm,
-            next_norm_scale=following,
-        )
+        hidden, normed = _after_attention(site, self, heads, x, following)
         return cache, kv, hidden, [row.astype(self.config.dtype) for row in normed]
 
     def feed_forward(self, hidden, normed, per_layer_input: Any):
