@@ -26,9 +26,7 @@ import importlib.util
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
@@ -535,12 +533,9 @@ def profiled(run: Run, steps: int) -> dict[str, Any]:
     The shares add up to 1, the time from the first kernel to the last on one device. Returns {} if
     the trace has no GPU.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        xplane.record(run, Path(folder))
-        try:
-            trace = xplane.load(Path(folder))
-        except (FileNotFoundError, ValueError):
-            return {}
+    trace = xplane.traced(run)
+    if not trace:
+        return {}
     device = min(trace)
     times = xplane.attribute(trace)[device]
     total = sum(times.values())

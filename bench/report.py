@@ -201,11 +201,13 @@ def block_markdown(record: Record) -> str:
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
         base = "sum" if "sum" in names else "psum"
         fused = [name for name in names if name.startswith("fused")]
+        gaps = dict.fromkeys(row["implementation"] for row in rows if row.get("gap_us") is not None)
         cells = [
             [
                 str(tokens),
                 *(_wall(line.get(name), base == name == "psum") for name in names),
                 *(faster(line.get(base), line.get(name)) for name in fused),
+                *(_gap(rows, tokens, name) for name in gaps),
             ]
             for tokens, line in lines.items()
         ]
@@ -213,9 +215,25 @@ def block_markdown(record: Record) -> str:
         parts.append(
             f"### {model}\n\nWall time, us a layer; its weights alone need "
             f"{facts['weights_us'][model]:.1f}.\n\n"
-            + common.table(["tokens", *titles, *(f"{base} / {name}" for name in fused)], cells)
+            + common.table(
+                [
+                    "tokens",
+                    *titles,
+                    *(f"{base} / {name}" for name in fused),
+                    *(f"gap, {name}" for name in gaps),
+                ],
+                cells,
+            )
         )
     return "\n\n".join([*parts, *_troubles(record)])
+
+
+def _gap(rows: Sequence[dict[str, Any]], tokens: int, name: str) -> str:
+    """The gap in front of a tail, in a profile."""
+    for row in rows:
+        if row["tokens"] == tokens and row["implementation"] == name and row.get("gap_us"):
+            return f"{row['gap_us']:.2f}"
+    return "-"
 
 
 def model_markdown(record: Record) -> str:
