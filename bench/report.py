@@ -107,7 +107,7 @@ def faster(base: Timing | None, other: Timing | None) -> str:
 def second_norm(rows: Sequence[dict[str, Any]]) -> Spread | None:
     """Cost of a next norm in a call, in microseconds, from the rows of one line.
 
-    Sample by sample, since those of fused_post_ff and fused_sandwich were taken in turn.
+    Sample by sample, since fused_post_ff and fused_sandwich were timed in turn.
     """
     samples = {
         row["implementation"]: row["wall_us"]
@@ -266,8 +266,8 @@ def model_markdown(record: Record) -> str:
         errors = [row["relative_error"] for row in rows if "relative_error" in row]
         off = f"; logits differ by {max(errors):.1%} at most" if errors else ""
         parts.append(
-            f"### {model}\n\n{_size_of(facts.get(model))}Wall time; the floor is that of each GPU "
-            f"of the mesh{off}.\n\n" + common.table([*header, f"{ours}, tokens/s"], cells)
+            f"### {model}\n\n{_size_of(facts.get(model))}Wall time; the floor of each GPU of "
+            f"the mesh{off}.\n\n" + common.table([*header, f"{ours}, tokens/s"], cells)
         )
         if profiles := [row for row in rows if "shares" in row]:
             parts.append("Profiles of the decodes, on one GPU.\n\n" + _shares(profiles))

@@ -161,7 +161,7 @@ def classify(name: str) -> str:
 def attribute(trace: Trace) -> dict[str, dict[str, float]]:
     """Microseconds by class for each device, and "idle gap": nothing ran between first and last.
 
-    Where kernels of two classes overlap, the time is that of the one that started first, so that
+    Where kernels of two classes overlap, the time goes to the kernel that started first, so that
     the classes add up to the time from first to last.
     """
     devices = {}
