@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "exchange.cuh"
+#include "slots.cuh"
 #include "kernels.h"
 
 namespace jax_gemma_arf {

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "epilogue.cuh"
-#include "exchange.cuh"
+#include "slots.cuh"
 #include "launch_shape.h"
 
 // The kernels as nvcc embeds them in this object file: code for every architecture. nvcc declares
@@ -286,6 +286,7 @@ const void* KernelOf(const KernelKind& kind) {
 const Implementation kImplementation = {"jax_gemma_arf.tail",
                                         "jax_gemma_arf.loopback_tail",
                                         "jax_gemma_arf.Call",
+                                        "jax_gemma_arf.LoopbackCall",
                                         /*programmatic=*/true,
                                         /*slots_by_item_size=*/false,
                                         kMaxBranches,

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "call_limits.h"
+
 namespace jax_gemma_arf {
 
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -25,9 +27,6 @@ constexpr const char* Name(Algorithm algorithm) {
 
 // A thread holds this much of a row of partial sums.
 inline constexpr int kVectorBytes = 16;
-inline constexpr int kMaxRanks = 8;
-inline constexpr int kMaxBranches = 2;
-inline constexpr int kMaxNextNorms = 3;
 
 // One class of kernel: everything that selects an instantiation.
 struct KernelKind {
@@ -45,9 +44,10 @@ __host__ __device__ constexpr int OwnScales(int branches) {
 
 // What an implementation is called, and what it can do.
 struct Implementation {
-  const char* mesh_target;  // names of the custom calls
+  const char* mesh_target;  // names of the custom calls, and of the FFI types of their states
   const char* loopback_target;
-  const char* call_type;    // name of the FFI type of a call's state
+  const char* mesh_call_type;
+  const char* loopback_call_type;
   bool programmatic;        // may be launched programmatically, and recorded into graphs
   bool slots_by_item_size;  // a workspace serves partial sums of one element size alone
   int max_branches;
@@ -87,7 +87,7 @@ struct Control {
   uint32_t counter;
 };
 inline constexpr uint32_t kCounted = 2048;
-inline constexpr int kMaxCtas = 1024;
+static_assert(kMaxCtas < kCounted);
 
 // One rank's view of a workspace (workspace.h).
 struct Peers {

@@ -11,6 +11,9 @@
 #include <vector>
 
 #include "handler.h"
+#include "launches.h"
+#include "call_limits.h"
+#include "registry.h"
 #include "watchdog.h"
 #include "workspace.h"
 
@@ -41,11 +44,13 @@ nb::dict Registrations() {
 }
 
 nb::dict TypeRegistrations() {
-  nb::dict call;
-  call["type_id"] = Capsule(CallTypeId());
-  call["type_info"] = Capsule(CallTypeInfo());
   nb::dict types;
-  types[kImplementation.call_type] = call;
+  for (const StateType& state : StateTypes()) {
+    nb::dict type;
+    type["type_id"] = Capsule(state.id);
+    type["type_info"] = Capsule(state.info);
+    types[state.name] = type;
+  }
   return types;
 }
 

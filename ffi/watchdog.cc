@@ -28,7 +28,7 @@ class Watchdog {
     return *watchdog;
   }
 
-  uint32_t NameCall(const std::string& description) {
+  uint32_t NewCallId(const std::string& description) {
     const std::lock_guard<std::mutex> lock(mutex_);
     calls_.push_back(description);
     return static_cast<uint32_t>(calls_.size() - 1);
@@ -95,7 +95,9 @@ void SetTimeout(double seconds) { timeout_ns = static_cast<uint64_t>(seconds * 1
 
 uint64_t TimeoutNanoseconds() { return timeout_ns; }
 
-uint32_t NameCall(const std::string& description) { return Watchdog::Get().NameCall(description); }
+uint32_t NewCallId(const std::string& description) {
+  return Watchdog::Get().NewCallId(description);
+}
 
 std::string NewFailureWord(const std::string& owner, uint64_t** word) {
   return Watchdog::Get().NewWord(owner, word);

@@ -190,11 +190,14 @@ const void* KernelOf(const KernelKind& kind) {
 
 // Not programmatic: the kernels trigger their successors before all of their blocks have written,
 // and XLA's kernels may read what they take for constant before they wait.
-const Implementation kImplementation = {
-    "jax_gemma_arf.flashinfer_tail", "jax_gemma_arf.flashinfer_loopback_tail",
-    "jax_gemma_arf.FlashInferCall",  /*programmatic=*/false,
-    /*slots_by_item_size=*/true,     /*max_branches=*/1,
-    fi::details::kBarrierFlagCount};
+const Implementation kImplementation = {"jax_gemma_arf.flashinfer_tail",
+                                        "jax_gemma_arf.flashinfer_loopback_tail",
+                                        "jax_gemma_arf.FlashInferCall",
+                                        "jax_gemma_arf.FlashInferLoopbackCall",
+                                        /*programmatic=*/false,
+                                        /*slots_by_item_size=*/true,
+                                        /*max_branches=*/1,
+                                        fi::details::kBarrierFlagCount};
 
 int64_t SlotBytes(const SlotSpec& spec) { return Layout(spec).total; }
 
