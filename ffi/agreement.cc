@@ -76,9 +76,8 @@ std::string FillFacts(const CallShape& call, PeerRecord* record) {
   }
   if (failure.empty()) failure = Describe(Preload(), "loading the kernels");
   if (failure.empty()) {
-    failure =
-        Describe(ResidentCtas(call.kind, call.hidden, call.next_norms, &record->resident_ctas),
-                 "asking for the kernel's occupancy");
+    failure = Describe(ResidentCtas(call.kind, call.width, call.next_norms, &record->resident_ctas),
+                       "asking for the kernel's occupancy");
   }
   return failure;
 }
@@ -99,7 +98,7 @@ ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const CallShape& call,
   const std::unique_ptr<CUstream_st, decltype(&cudaStreamDestroy)> stream_owner(stream,
                                                                                 &cudaStreamDestroy);
   // Memory that a peer may have mapped is not freed, not even where creation fails.
-  const auto keep_for_ever = [&] {
+  const auto keep_forever = [&] {
     for (auto& part : created) (void)part.release();
   };
 
@@ -130,7 +129,7 @@ ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const CallShape& call,
     }
   }
   if (Error error = exchange.AllGather(mine, &all); error.failure()) {
-    keep_for_ever();
+    keep_forever();
     return error;
   }
   if (Error error = Vote(all); error.failure()) return error;
@@ -143,7 +142,7 @@ ErrorOr<Agreement> Agree(const WorkspaceSpec& spec, const CallShape& call,
   Error error = exchange.AllGather(mine, &all);
   if (error.success()) error = Vote(all);
   if (error.failure()) {
-    keep_for_ever();
+    keep_forever();
     return error;
   }
   return agreement;

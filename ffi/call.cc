@@ -1,6 +1,8 @@
 #include "call.h"
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <sstream>
 #include <string>
 #include <tuple>
@@ -16,10 +18,17 @@ using ffi::Error;
 using ffi::ErrorOr;
 
 bool IsRankCount(int64_t count) {
-  for (const int known : kRankCounts) {
-    if (count == known) return true;
+  return std::find(std::begin(kRankCounts), std::end(kRankCounts), count) != std::end(kRankCounts);
+}
+
+// "2, 4 or 8".
+std::string RankCounts() {
+  std::string text;
+  for (const int count : kRankCounts) {
+    if (!text.empty()) text += count == kMaxRanks ? " or " : ", ";
+    text += std::to_string(count);
   }
-  return false;
+  return text;
 }
 
 ErrorOr<Dtype> DtypeOf(const AnyBuffer& buffer, const std::string& name) {
@@ -60,7 +69,7 @@ ErrorOr<Call> CallOf(const CallAttributes& attributes) {
   }
   const int64_t axis_size = attributes.axis_size;
   if (!IsRankCount(axis_size)) {
-    return Invalid("axis_size must be 2, 4 or 8, got " + std::to_string(axis_size));
+    return Invalid("axis_size must be " + RankCounts() + ", got " + std::to_string(axis_size));
   }
   const auto& ids = attributes.replica_groups;
   if (ids.size() == 0 || ids.size() % axis_size != 0) {
@@ -103,7 +112,7 @@ ErrorOr<Call> CallOf(const CallAttributes& attributes) {
 bool CallShape::operator==(const CallShape& other) const {
   const auto all = [](const CallShape& call) {
     return std::make_tuple(call.kind.algorithm, call.kind.dtype, call.kind.nranks,
-                           call.kind.branches, call.tokens, call.hidden, call.next_norms,
+                           call.kind.branches, call.tokens, call.width, call.next_norms,
                            call.out_dtype);
   };
   return all(*this) == all(other);
@@ -112,7 +121,7 @@ bool CallShape::operator==(const CallShape& other) const {
 std::string CallShape::Describe() const {
   const char* const dtypes[] = {"float32", "bfloat16", "float16"};
   return std::string(Name(kind.algorithm)) + ", " + std::to_string(kind.branches) + " x [" +
-         std::to_string(tokens) + ", " + std::to_string(hidden) + "] " +
+         std::to_string(tokens) + ", " + std::to_string(width) + "] " +
          dtypes[static_cast<int>(kind.dtype)] + " over " + std::to_string(kind.nranks) +
          " ranks, " + std::to_string(next_norms) + " next norms, to " +
          dtypes[static_cast<int>(out_dtype)];
@@ -131,16 +140,16 @@ ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args,
   ErrorOr<Dtype> dtype = DtypeOf(*x, "x");
   if (dtype.has_error()) return dtype.error();
   const auto dims = x->dimensions();
-  const int64_t hidden = dims.size() == 0 ? 0 : dims.back();
+  const int64_t width = dims.size() == 0 ? 0 : dims.back();
   const int64_t elements = static_cast<int64_t>(x->element_count());
-  if (hidden % kWidthMultiple != 0 || hidden < kMinWidth || hidden > kMaxWidth) {
+  if (width % kWidthMultiple != 0 || width < kMinWidth || width > kMaxWidth) {
     return Invalid("the last dimension of x must be a multiple of " +
                    std::to_string(kWidthMultiple) + " from " + std::to_string(kMinWidth) + " to " +
-                   std::to_string(kMaxWidth) + ", got " + std::to_string(hidden));
+                   std::to_string(kMaxWidth) + ", got " + std::to_string(width));
   }
-  if (elements == 0 || elements % (hidden * ranks) != 0) {
-    return Invalid("x must hold " + std::to_string(ranks) + " x [tokens, " +
-                   std::to_string(hidden) + "], got " + std::to_string(elements) + " elements");
+  if (elements == 0 || elements % (width * ranks) != 0) {
+    return Invalid("x must hold " + std::to_string(ranks) + " x [tokens, " + std::to_string(width) +
+                   "], got " + std::to_string(elements) + " elements");
   }
   const int64_t bytes = elements / ranks * call.branches * ItemSize(*dtype);
   const int64_t limit = call.algorithm == Algorithm::kOneShot ? kMaxOneShotBytes : kMaxMessageBytes;
@@ -151,8 +160,8 @@ ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args,
 
   Arguments parsed = {};
   parsed.kind = {call.algorithm, *dtype, call.nranks, call.branches};
-  parsed.tokens = static_cast<int>(elements / ranks / hidden);
-  parsed.hidden = static_cast<int>(hidden);
+  parsed.tokens = static_cast<int>(elements / ranks / width);
+  parsed.width = static_cast<int>(width);
   size_t index = 0;
   Error error = Error::Success();
   const auto next = [&](const char* name, int64_t count) -> Operand {
@@ -174,8 +183,8 @@ ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args,
     if (error.success() && sums.dtype != *dtype) error = Invalid("all x must have one type");
     parsed.x[b] = sums.data;
   }
-  for (int n = 1; n < own_scales; ++n) parsed.tail.scales[n] = next("branch norm_scale", hidden);
-  parsed.tail.scales[0] = next("norm_scale", hidden);
+  for (int n = 1; n < own_scales; ++n) parsed.tail.scales[n] = next("branch norm_scale", width);
+  parsed.tail.scales[0] = next("norm_scale", width);
   parsed.tail.out_dtype = *dtype;
   if (call.has_residual) {
     parsed.tail.residual = next("residual", parsed.elements());
@@ -183,13 +192,13 @@ ErrorOr<Arguments> ArgumentsOf(const Call& call, const ffi::RemainingArgs& args,
   }
   if (call.has_layer_scalar) parsed.tail.layer_scalar = next("layer_scalar", 1);
   for (int n = 0; n < call.next_norms; ++n) {
-    parsed.tail.scales[own_scales + n] = next("next_norm_scale", hidden);
+    parsed.tail.scales[own_scales + n] = next("next_norm_scale", width);
   }
   if (error.failure()) return error;
   parsed.tail.next_norms = call.next_norms;
   parsed.tail.eps = call.eps;
   parsed.tail.scale_offset = call.scale_offset;
-  parsed.tail.inverse_hidden = 1.f / static_cast<float>(hidden);
+  parsed.tail.inverse_width = 1.f / static_cast<float>(width);
   return parsed;
 }
 

@@ -7,8 +7,8 @@
 #include <string_view>
 #include <vector>
 
-#include "kernels.h"
 #include "call_limits.h"
+#include "kernels.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_gemma_arf {
@@ -64,7 +64,7 @@ xla::ffi::ErrorOr<Call> CallOf(const CallAttributes& attributes);
 struct CallShape {
   KernelKind kind;
   int tokens;
-  int hidden;
+  int width;
   int next_norms;
   Dtype out_dtype;
 
@@ -77,12 +77,12 @@ struct CallShape {
 struct Arguments {
   KernelKind kind;
   int tokens;
-  int hidden;
+  int width;
   const void* x[kMaxBranches];
   Tail tail;  // but for the results
 
-  int64_t elements() const { return int64_t{tokens} * hidden; }
-  CallShape shape() const { return {kind, tokens, hidden, tail.next_norms, tail.out_dtype}; }
+  int64_t elements() const { return int64_t{tokens} * width; }
+  CallShape shape() const { return {kind, tokens, width, tail.next_norms, tail.out_dtype}; }
 };
 
 // `ranks` is how many of the call's ranks the device holds.

@@ -1,13 +1,14 @@
-// The limits of a call, each written here alone. Python's own (support.py) must equal what the
-// extension module exports of them; tests/test_extension.py compares.
+// The limits of a call. C++ writes each of them here alone. Python writes what it needs of them
+// once more (support.py); test_limits_agree compares the two through the extension module.
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 
 namespace jax_gemma_arf {
 
 inline constexpr int kRankCounts[] = {2, 4, 8};  // of a replica group
-inline constexpr int kMaxRanks = 8;
+inline constexpr int kMaxRanks = kRankCounts[std::size(kRankCounts) - 1];
 
 inline constexpr int kWidthMultiple = 64;
 inline constexpr int kMinWidth = 256;

@@ -100,7 +100,7 @@ Error ExecuteMesh(cudaStream_t stream, int32_t device, MeshCall* state, ffi::Rem
   ErrorOr<std::vector<Launch>> launches = LaunchesOf(state->call(), *ready, args, rets);
   if (launches.has_error()) return launches.error();
   const Launch& launch = launches->front();
-  const cudaError_t error = EnqueueAndCount(launch, /*after_kernel=*/true, stream);
+  const cudaError_t error = EnqueueAndCount(launch, /*may_overlap=*/true, stream);
   return error == cudaSuccess ? Error::Success() : LaunchError(error, launch);
 }
 

@@ -44,15 +44,15 @@ ErrorOr<std::vector<Launch>> LaunchesOf(const Call& call, const Ready& ready,
     launch.kind = arguments->kind;
     launch.rank = part.rank();
     launch.tokens = arguments->tokens;
-    launch.hidden = arguments->hidden;
+    launch.width = arguments->width;
     launch.max_ctas = ready.max_ctas;
-    launch.call = ready.call_id;
+    launch.call_id = ready.call_id;
     launch.timeout_ns = TimeoutNanoseconds();
     for (int b = 0; b < call.branches; ++b) {
       launch.x[b] = static_cast<const char*>(arguments->x[b]) + i * x_bytes;
     }
     launch.tail = arguments->tail;
-    launch.tail.hidden = (*results)[0] + i * out_bytes;
+    launch.tail.out = (*results)[0] + i * out_bytes;
     for (int n = 0; n < call.next_norms; ++n) {
       launch.tail.normed[n] = (*results)[1 + n] + i * out_bytes;
     }
@@ -65,8 +65,8 @@ void SetRecord(bool enabled) { record_enabled = enabled; }
 
 bool RecordEnabled() { return record_enabled; }
 
-cudaError_t EnqueueAndCount(const Launch& launch, bool after_kernel, cudaStream_t stream) {
-  const bool programmatic = kImplementation.programmatic && record_enabled && after_kernel;
+cudaError_t EnqueueAndCount(const Launch& launch, bool may_overlap, cudaStream_t stream) {
+  const bool programmatic = kImplementation.programmatic && record_enabled && may_overlap;
   const cudaError_t error = Enqueue(launch, programmatic, stream);
   if (error == cudaSuccess) enqueued.fetch_add(1, std::memory_order_relaxed);
   return error;
@@ -74,7 +74,7 @@ cudaError_t EnqueueAndCount(const Launch& launch, bool after_kernel, cudaStream_
 
 Error LaunchError(cudaError_t error, const Launch& launch) {
   return Internal(Describe(error, "launching for " + std::to_string(launch.tokens) + " tokens of " +
-                                      std::to_string(launch.hidden)));
+                                      std::to_string(launch.width)));
 }
 
 void CountRecorded() {

@@ -23,9 +23,9 @@ xla::ffi::ErrorOr<std::vector<Launch>> LaunchesOf(const Call& call, const Ready&
 void SetRecord(bool enabled);
 bool RecordEnabled();
 
-// Enqueues a launch and counts it. after_kernel: nothing but kernels stands in front of it in the
-// stream, so it may be launched programmatically.
-cudaError_t EnqueueAndCount(const Launch& launch, bool after_kernel, cudaStream_t stream);
+// Enqueues a launch and counts it. With may_overlap it is launched programmatically, unless that is
+// switched off: the kernel may then start before the kernel in front of it in the stream has ended.
+cudaError_t EnqueueAndCount(const Launch& launch, bool may_overlap, cudaStream_t stream);
 
 xla::ffi::Error LaunchError(cudaError_t error, const Launch& launch);
 

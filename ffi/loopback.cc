@@ -187,7 +187,7 @@ Error ExecuteLoopback(cudaStream_t stream, int32_t device, LoopbackCall* state,
     const cudaStream_t own = i == 0 ? stream : others.streams[i - 1];
     if (i > 0) error = cudaStreamWaitEvent(own, others.fork);
     if (error == cudaSuccess && launch.rank != state->absent_rank) {
-      error = EnqueueAndCount(launch, /*after_kernel=*/i == 0, own);  // others follow an event
+      error = EnqueueAndCount(launch, /*may_overlap=*/i == 0, own);  // others follow an event
     }
     if (error == cudaSuccess && i > 0) error = cudaEventRecord(others.joins[i - 1], own);
   }

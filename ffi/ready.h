@@ -1,4 +1,5 @@
-// What the first run of a call finds or creates on a device, for the runs after it.
+// The state of a call: the workspace, the bound on blocks and the kernel that its first run on each
+// device finds or creates there, for the runs after it.
 #pragma once
 
 #include <cstdint>

@@ -75,7 +75,7 @@ class Watchdog {
             "replica group, in call %u (%s) on %s. That rank ended, hangs, or runs another "
             "program. This GPU is stopped with a launch failure; restart the process. "
             "jax_gemma_arf.set_peer_timeout sets the bound.\n",
-            failure.rank, failure.source, failure.call, calls_[failure.call].c_str(),
+            failure.rank, failure.source, failure.call_id, calls_[failure.call_id].c_str(),
             owners_[i].c_str());
         std::fflush(stderr);
       }

@@ -20,10 +20,10 @@ int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kA
 int64_t CapacityFor(const CallShape& call) {
   const KernelKind& kind = call.kind;
   const bool one_shot = kind.algorithm == Algorithm::kOneShot;
-  const int64_t groups = (int64_t{call.tokens} + kind.nranks - 1) / kind.nranks;
-  const int64_t rows = kind.branches * (one_shot ? call.tokens : groups * kind.nranks);
-  return std::max(rows * call.hidden * ItemSize(kind.dtype),
-                  one_shot ? 0 : int64_t{call.tokens} * call.hidden * ItemSize(call.out_dtype));
+  const int64_t stripes = (int64_t{call.tokens} + kind.nranks - 1) / kind.nranks;
+  const int64_t rows = kind.branches * (one_shot ? call.tokens : stripes * kind.nranks);
+  return std::max(rows * call.width * ItemSize(kind.dtype),
+                  one_shot ? 0 : int64_t{call.tokens} * call.width * ItemSize(call.out_dtype));
 }
 
 WorkspaceSpec::WorkspaceSpec(const KernelKind& kind, int64_t least_capacity)

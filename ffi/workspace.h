@@ -18,7 +18,7 @@
 
 namespace jax_gemma_arf {
 
-// What the slots of a call must hold, as slots.cuh lays them out: whole groups of rows in
+// What the slots of a call must hold, as slots.cuh lays them out: whole stripes of rows in
 // two-shot, and the finished rows, which can have wider elements.
 int64_t CapacityFor(const CallShape& call);
 
