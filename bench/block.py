@@ -29,7 +29,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import loopback
-from jax_gemma_arf.reference import Operands, post_ff_tail, rmsnorm
+from jax_gemma_arf._src.operands import Operands
+from jax_gemma_arf._src.reference import post_ff_tail, rmsnorm
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 QUICK_TOKENS = (4, 1024)

@@ -43,9 +43,9 @@ import xplane
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import extension, support
+from jax_gemma_arf._src import decision, extension
+from jax_gemma_arf._src.operands import AXIS_SIZES, Operands
 from jax_gemma_arf.loopback import loopback_tail
-from jax_gemma_arf.reference import Operands
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 QUICK_TOKENS = (1, 64, 1024)
@@ -260,7 +260,7 @@ class Bench:
 
     def _load_rivals(self, devices: list[Any]) -> str:
         """ "built", or why there are no rivals."""
-        if self.mode == "cpu" or self.flag_set != "A" or self.ranks not in support.AXIS_SIZES:
+        if self.mode == "cpu" or self.flag_set != "A" or self.ranks not in AXIS_SIZES:
             return "not wanted"
         if rivals.load() is None:
             return "not built: make bench-rivals"
@@ -321,7 +321,7 @@ class Bench:
             yield from kernels
             for name in self.algorithms:
                 force = functools.partial(
-                    mock.patch.object, support, "choose_algorithm", lambda *_, name=name: name
+                    mock.patch.object, decision, "choose_algorithm", lambda *_, name=name: name
                 )
                 yield Contender(f"fused {name}", chain(link, fused), want, force)
         if config.op == "post_ff" and self.rivals == "built":

@@ -1,5 +1,5 @@
 // The limits of a call. C++ writes each of them here alone. Python writes what it needs of them
-// once more (support.py); test_limits_agree compares the two through the extension module.
+// once more (operands.py); test_limits_agree compares the two through the extension module.
 #pragma once
 
 #include <cstdint>

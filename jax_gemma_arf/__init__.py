@@ -1,25 +1,54 @@
 """One kernel launch for the end of each half of a tensor-parallel Gemma block."""
 
-from jax_gemma_arf import _newest_jax
-from jax_gemma_arf._version import __version__ as __version__
-from jax_gemma_arf.audit import audit as audit
-from jax_gemma_arf.extension import set_peer_timeout as set_peer_timeout
-from jax_gemma_arf.extension import workspaces as workspaces
-from jax_gemma_arf.fused_ops import fused_all_reduce_norm as fused_all_reduce_norm
-from jax_gemma_arf.fused_ops import fused_moe_tail as fused_moe_tail
-from jax_gemma_arf.fused_ops import fused_post_ff as fused_post_ff
-from jax_gemma_arf.fused_ops import fused_sandwich as fused_sandwich
-from jax_gemma_arf.lowering import DISABLED_EXPORT_CHECKS as DISABLED_EXPORT_CHECKS
-from jax_gemma_arf.lowering import SAVED_SUMS as SAVED_SUMS
-from jax_gemma_arf.memory import reserve as reserve
-from jax_gemma_arf.memory import workspace_bytes as workspace_bytes
-from jax_gemma_arf.processes import initialize as initialize
-from jax_gemma_arf.reference import reference_post_ff as reference_post_ff
-from jax_gemma_arf.row_parallel import Projection as Projection
-from jax_gemma_arf.row_parallel import down_proj_post_ff as down_proj_post_ff
-from jax_gemma_arf.row_parallel import row_parallel_moe_tail as row_parallel_moe_tail
-from jax_gemma_arf.row_parallel import row_parallel_post_ff as row_parallel_post_ff
-from jax_gemma_arf.support import Support as Support
-from jax_gemma_arf.support import fusion_support as fusion_support
+from jax_gemma_arf._src import newest_jax as _newest_jax
+from jax_gemma_arf._src.audit import audit
+from jax_gemma_arf._src.decision import Support, fusion_support
+from jax_gemma_arf._src.extension import set_peer_timeout, workspaces
+from jax_gemma_arf._src.fused_ops import (
+    fused_all_reduce_norm,
+    fused_moe_tail,
+    fused_post_ff,
+    fused_sandwich,
+)
+from jax_gemma_arf._src.lowering import DISABLED_EXPORT_CHECKS, SAVED_SUMS
+from jax_gemma_arf._src.memory import reserve, workspace_bytes
+from jax_gemma_arf._src.processes import initialize
+from jax_gemma_arf._src.reference import reference_post_ff, rmsnorm
+from jax_gemma_arf._src.row_parallel import (
+    Projection,
+    down_proj_post_ff,
+    row_parallel_moe_tail,
+    row_parallel_post_ff,
+)
+from jax_gemma_arf._version import __version__
+
+__all__ = [
+    "DISABLED_EXPORT_CHECKS",
+    "SAVED_SUMS",
+    "Projection",
+    "Support",
+    "__version__",
+    "audit",
+    "down_proj_post_ff",
+    "fused_all_reduce_norm",
+    "fused_moe_tail",
+    "fused_post_ff",
+    "fused_sandwich",
+    "fusion_support",
+    "initialize",
+    "reference_post_ff",
+    "reserve",
+    "rmsnorm",
+    "row_parallel_moe_tail",
+    "row_parallel_post_ff",
+    "set_peer_timeout",
+    "workspace_bytes",
+    "workspaces",
+]
+
+# Errors, pickles and help texts name the public place.
+for _public in [globals()[_name] for _name in __all__]:
+    if callable(_public):
+        _public.__module__ = __name__
 
 _newest_jax.warn_if_newer()

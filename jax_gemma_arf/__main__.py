@@ -6,8 +6,9 @@ import importlib.metadata
 import jax
 import jax.numpy as jnp
 
-from jax_gemma_arf import __version__, extension, fusion_support, workspace_bytes
-from jax_gemma_arf.support import AXIS_SIZES
+from jax_gemma_arf import __version__, fusion_support, workspace_bytes
+from jax_gemma_arf._src import extension
+from jax_gemma_arf._src.operands import AXIS_SIZES
 
 GEMMA4_HIDDEN = {"E2B": 1536, "E4B": 2560, "26B-A4B": 2816, "31B": 5376}
 

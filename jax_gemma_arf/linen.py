@@ -19,10 +19,10 @@ import jax
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from jax_gemma_arf import blocks
-from jax_gemma_arf.fused_ops import Implementation
-from jax_gemma_arf.reference import rmsnorm
-from jax_gemma_arf.support import AxisName
+from jax_gemma_arf._src import blocks
+from jax_gemma_arf._src.mesh import AxisName
+from jax_gemma_arf._src.operands import Implementation
+from jax_gemma_arf._src.reference import rmsnorm
 
 
 class MLP(nn.Module):

@@ -14,10 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_gemma_arf import extension, lowering
-from jax_gemma_arf.fused_ops import check_operands
-from jax_gemma_arf.reference import Operands
-from jax_gemma_arf.support import AXIS_SIZES, choose_algorithm
+from jax_gemma_arf._src import extension, lowering
+from jax_gemma_arf._src.decision import choose_algorithm
+from jax_gemma_arf._src.operands import (
+    AXIS_SIZES,
+    ONE_BRANCH,
+    TWO_BRANCHES,
+    Operands,
+    check_operands,
+)
+
+__all__ = ["Operands", "loopback_post_ff", "loopback_tail"]
 
 
 def loopback_tail(
@@ -40,7 +47,7 @@ def loopback_tail(
         local_ranks, [len(local_ranks), ..., D]; results likewise).
       eps: added to each mean of squares.
       scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3.
-      algorithm: "one_shot", "two_shot", or None for the rule of support.choose_algorithm.
+      algorithm: "one_shot", "two_shot", or None for the rule of a mesh.
       max_ctas: most thread blocks a rank may launch, from 8; 0 for all that fit.
       absent_rank: a rank that is not launched, so that the others wait for it; -1 for none.
       local_ranks: the ranks that this process holds, in the order of the partial sums' first axis,
@@ -77,7 +84,8 @@ def loopback_tail(
             "with N = 2, 4 or 8 ranks, got the shapes " + ", ".join(map(str, shapes))
         )
     one_rank = jax.eval_shape(lambda parts: [part[0] for part in parts], operands.partial_sums)
-    check_operands(operands._replace(partial_sums=tuple(one_rank)))
+    arguments = ONE_BRANCH if len(shapes) == 1 else TWO_BRANCHES
+    check_operands(operands._replace(partial_sums=tuple(one_rank)), arguments)
     if algorithm is None:
         message_bytes = sum(math.prod(part.shape) * part.dtype.itemsize for part in one_rank)
         algorithm = choose_algorithm(ranks, message_bytes, implementation)

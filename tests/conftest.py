@@ -8,7 +8,7 @@ from places import Place, gpu_mesh
 from runners import make_mesh
 
 import jax_gemma_arf
-from jax_gemma_arf import extension
+from jax_gemma_arf._src import extension
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Workspaces live outside JAX's memory pool, and loopback keeps those of all ranks on one GPU: with

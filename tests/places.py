@@ -10,8 +10,8 @@ from cases import Case, Inputs, make_inputs
 from jax.sharding import PartitionSpec as P
 from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
+from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_tail
-from jax_gemma_arf.reference import Operands
 
 # As many calls to a CUDA graph as can be, also where nothing else stands between them.
 GRAPHS = {

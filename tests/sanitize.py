@@ -20,8 +20,8 @@ from cases import F16, F32, Case, assert_matches, make_inputs
 from runners import ONE_MESSAGE_OPS
 
 import jax_gemma_arf as jga
+from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_tail
-from jax_gemma_arf.reference import Operands
 
 MAX_CTAS = 8
 CASES = (

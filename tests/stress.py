@@ -26,9 +26,9 @@ from runners import ONE_MESSAGE_OPS, call_op, in_specs, make_mesh
 from tqdm import tqdm
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import support
+from jax_gemma_arf._src import decision
+from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_tail
-from jax_gemma_arf.reference import Operands
 
 TOKENS = (1, 2, 3, 7, 16, 33, 64, 130)
 # Of inputs a case. An iteration calls it once on each of them: XLA would merge equal calls.
@@ -112,7 +112,7 @@ class Backend:
         def choose(ranks: int, message_bytes: int, implementation: str) -> str:
             return str(self._algorithms.choice(["one_shot", "two_shot"]))
 
-        return mock.patch.object(support, "choose_algorithm", choose)
+        return mock.patch.object(decision, "choose_algorithm", choose)
 
     def place(self, value, specs):
         if self.mesh is None:

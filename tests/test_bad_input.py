@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from runners import make_mesh
 
 import jax_gemma_arf as jga
+from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
-from jax_gemma_arf.reference import Operands
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 

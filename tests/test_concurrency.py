@@ -17,7 +17,7 @@ from places import GRAPHS, NO_GRAPHS, Place, gpu_mesh, same_bits
 from runners import make_mesh
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import lowering
+from jax_gemma_arf._src import lowering
 
 NO_LOCK = contextlib.nullcontext()
 STEPS = 6

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -21,7 +22,9 @@ from runners import in_specs, make_mesh, mesh_call, place
 
 import jax_gemma_arf
 from jax_gemma_arf import __main__ as report
-from jax_gemma_arf import extension, lowering, support
+from jax_gemma_arf import loopback
+from jax_gemma_arf._src import decision, extension, lowering
+from jax_gemma_arf._src import operands as limits
 
 ROOT = Path(__file__).parent.parent
 REGISTER_TARGET = "jax_gemma_arf.register_tail"
@@ -42,7 +45,7 @@ def test_mesh_handlers_register(built, record):
     of its own, with the runtime for CPUs, which asks for the same metadata."""
     code = (
         "import jax\n"
-        "from jax_gemma_arf import extension\n"
+        "from jax_gemma_arf._src import extension\n"
         "built = extension.load()\n"
         "assert built.mesh_stages() == []\n"
         "jax.devices()  # registrations wait for the runtime\n"
@@ -68,7 +71,7 @@ def test_record_is_for_known_versions():
     """Recording is asked for; XLA's interface for it may change until it is stable."""
     newest_tested = (0, 12)
     known = jaxlib.version.__version_info__[:2] <= newest_tested
-    code = "from jax_gemma_arf import extension; print(extension.RECORD)"
+    code = "from jax_gemma_arf._src import extension; print(extension.RECORD)"
     for value, expected in (("", False), ("0", False), ("1", known)):
         result = subprocess.run(
             [sys.executable, "-c", code],
@@ -232,25 +235,25 @@ def test_limits_agree(built, implementation):
     if module is None:
         pytest.skip(extension.why_missing(implementation))
     assert module.limits() == {
-        "axis_sizes": support.AXIS_SIZES,
-        "width_multiple": support.WIDTH_MULTIPLE,
-        "min_width": support.MIN_WIDTH,
-        "max_width": support.MAX_WIDTH,
-        "max_next_norms": support.MAX_NEXT_NORMS,
-        "max_message_bytes": support.MAX_MESSAGE_BYTES,
-        "max_one_shot_bytes": support.MAX_ONE_SHOT_BYTES,
+        "axis_sizes": limits.AXIS_SIZES,
+        "width_multiple": limits.WIDTH_MULTIPLE,
+        "min_width": limits.MIN_WIDTH,
+        "max_width": limits.MAX_WIDTH,
+        "max_next_norms": limits.MAX_NEXT_NORMS,
+        "max_message_bytes": limits.MAX_MESSAGE_BYTES,
+        "max_one_shot_bytes": limits.MAX_ONE_SHOT_BYTES,
     }
 
 
 @pytest.mark.parametrize("implementation", lowering.TARGETS)
-@pytest.mark.parametrize("ranks", support.AXIS_SIZES)
+@pytest.mark.parametrize("ranks", limits.AXIS_SIZES)
 def test_one_shot_stays_below_its_cap(implementation, ranks):
     """The handlers take every message for which the rule chooses one-shot."""
-    above = support.MAX_ONE_SHOT_BYTES + 1
-    assert support.choose_algorithm(ranks, above, implementation) == "two_shot"
+    above = limits.MAX_ONE_SHOT_BYTES + 1
+    assert decision.choose_algorithm(ranks, above, implementation) == "two_shot"
 
 
-@pytest.mark.parametrize("ranks", support.AXIS_SIZES)
+@pytest.mark.parametrize("ranks", limits.AXIS_SIZES)
 def test_workspace_bytes(built, ranks):
     """Hazard 16: both generations are counted: of a message per rank in one-shot, of one message in
     two-shot, which keeps the finished rows besides."""
@@ -307,3 +310,30 @@ def test_newer_jax_warns_at_import(version):
     newer = version == "0.12.0.2"
     assert ("tested with JAX up to 0.12.0.1, this is" in result.stderr) == newer
     assert result.returncode == int(newer), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "now"),
+    [
+        ("reference", "Operands", loopback.Operands),
+        ("reference", "rmsnorm", jax_gemma_arf.rmsnorm),
+        ("support", "fusion_support", jax_gemma_arf.fusion_support),
+    ],
+)
+def test_moved_names(old, name, now):
+    """The old place works for one release, with a warning that names the new one."""
+    module = importlib.import_module(f"jax_gemma_arf.{old}")
+    with pytest.warns(DeprecationWarning, match=rf"{name} has moved to jax_gemma_arf.*\.{name}"):
+        assert getattr(module, name) is now
+    with pytest.raises(AttributeError, match="has no attribute 'tail'"):
+        _ = module.tail
+
+
+def test_public_names():
+    """What the package offers is listed, calls itself by its public name, and pickles."""
+    for name in jax_gemma_arf.__all__:
+        public = getattr(jax_gemma_arf, name)
+        if callable(public):
+            assert public.__module__ == "jax_gemma_arf", name
+            assert pickle.loads(pickle.dumps(public)) is public
+    assert pickle.loads(pickle.dumps(jax_gemma_arf.Support(True, "x"))).reason == "x"

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from runners import in_specs, make_mesh, mesh_call, place
 
 import jax_gemma_arf as jga
+from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_tail
-from jax_gemma_arf.reference import Operands
 
 SMALL = Case((3,), 640)
 

@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec as P
 from runners import make_mesh
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import extension, lowering
+from jax_gemma_arf._src import extension, lowering
+from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_tail
-from jax_gemma_arf.reference import Operands
 
 X, SCALE = jax.ShapeDtypeStruct((4, 640), jnp.bfloat16), jax.ShapeDtypeStruct((640,), jnp.bfloat16)
 CALLS = {

@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from runners import make_mesh
 
-from jax_gemma_arf import lowering
+from jax_gemma_arf._src import lowering
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 all_variants = pytest.mark.parametrize("variant", sizes.VARIANTS)

@@ -17,8 +17,8 @@ from gemma_models import off
 from jax.sharding import PartitionSpec as P
 from runners import make_mesh
 
+from jax_gemma_arf._src.reference import rmsnorm
 from jax_gemma_arf.integrations import gemma
-from jax_gemma_arf.reference import rmsnorm
 
 TOLERANCE = 2e-5
 RANKS = (1, 2, 4)

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from profiles import kernels_in
 
-from jax_gemma_arf import lowering, support
+from jax_gemma_arf._src import decision, lowering
+from jax_gemma_arf._src.operands import MAX_MESSAGE_BYTES, Operands
+from jax_gemma_arf._src.reference import post_ff_tail, tail
 from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
-from jax_gemma_arf.reference import Operands, post_ff_tail, tail
 
 pytestmark = pytest.mark.usefixtures("built", "gpu")
 
@@ -71,7 +72,7 @@ def test_one_launch_a_call(tmp_path, ranks, tokens, op):
             jax.block_until_ready(call(operands))
     kernels = kernels_in(tmp_path)
     assert len(kernels) == 3 * ranks, kernels
-    algorithm = support.choose_algorithm(ranks, case.branches * 2 * tokens * 2816)
+    algorithm = decision.choose_algorithm(ranks, case.branches * 2 * tokens * 2816)
     kernel = {"one_shot": "FusedTailOneShot", "two_shot": "FusedTailTwoShot"}[algorithm]
     assert all(kernel in name for name in kernels), kernels
 
@@ -214,7 +215,7 @@ def test_largest_message(built, ranks, algorithm):
 
 def test_above_the_cap():
     """Hazards 15 and 17: an error with the numbers, and the next call works."""
-    tokens = support.MAX_MESSAGE_BYTES // (2 * 5376) + 1
+    tokens = MAX_MESSAGE_BYTES // (2 * 5376) + 1
     x = jnp.zeros((2, tokens, 5376), jnp.bfloat16)
     with pytest.raises(jax.errors.JaxRuntimeError, match="at most 268435456 bytes a rank, got"):
         jax.jit(loopback_post_ff)(x, x[0], jnp.ones(5376, jnp.bfloat16)).block_until_ready()

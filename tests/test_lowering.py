@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from runners import call_op, in_specs, make_mesh, one_rank
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import lowering, support
+from jax_gemma_arf._src import decision, lowering
+from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
-from jax_gemma_arf.reference import Operands
 
 pytestmark = pytest.mark.usefixtures("built")
 
@@ -149,7 +149,7 @@ def test_tail_attributes(mesh, op, next_norms, attributes, operands):
 
 def test_branches_count_alike(mesh):
     """Two branches are one message: the rule sees the bytes of both."""
-    tokens = support.ONE_SHOT_MAX_BYTES[2] // (2 * 5376)
+    tokens = decision.ONE_SHOT_MAX_BYTES[2] // (2 * 5376)
     options = {"shape": (tokens, 5376), "implementation": "cuda"}
     assert 'algorithm = "one_shot"' in lowered(mesh, **options)
     assert 'algorithm = "two_shot"' in lowered(mesh, "moe_tail", **options)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from runners import check_docstring_example, make_mesh
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import support
+from jax_gemma_arf._src import decision
 
 TP2 = jax.sharding.AbstractMesh((2,), ("tp",))
 
@@ -28,7 +28,7 @@ def test_every_size_has_a_workspace(built, ranks, branches):
     sizes = set()
     for row in (width * 2, branches * width * 2):
         for tokens in range(1, 701):
-            one_shot = support.choose_algorithm(ranks, tokens * row) == "one_shot"
+            one_shot = decision.choose_algorithm(ranks, tokens * row) == "one_shot"
             rows = tokens if one_shot else -(-tokens // ranks) * ranks
             capacity = 2 ** max(16, math.ceil(math.log2(rows * row)))
             sizes.add((one_shot, ranks, capacity))

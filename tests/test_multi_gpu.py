@@ -15,8 +15,9 @@ from places import GRAPHS, NO_GRAPHS
 from profiles import kernels_in
 from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
-from jax_gemma_arf import extension, lowering, support
-from jax_gemma_arf.reference import Operands
+from jax_gemma_arf._src import extension, lowering
+from jax_gemma_arf._src.mesh import replica_groups
+from jax_gemma_arf._src.operands import MAX_MESSAGE_BYTES, Operands
 
 pytestmark = pytest.mark.usefixtures("built")
 
@@ -123,8 +124,8 @@ def test_alternating_sizes(tp):
 def test_error_reaches_every_rank(tp):
     """Hazard 15: a message above the cap fails in Initialize on all ranks, without a hang,
     and the next call works."""
-    groups = support.replica_groups(tp, ("tp",))
-    tokens = support.MAX_MESSAGE_BYTES // (2 * 5376) + 1
+    groups = replica_groups(tp, ("tp",))
+    tokens = MAX_MESSAGE_BYTES // (2 * 5376) + 1
     result = jax.ShapeDtypeStruct((tokens, 5376), BF16)
 
     def local(x, norm_scale):

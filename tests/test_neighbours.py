@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from places import GRAPHS, NO_GRAPHS, Place, same_bits
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import blocks, extension, support
+from jax_gemma_arf._src import blocks, decision, extension
+from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_tail
-from jax_gemma_arf.reference import Operands
 
 LAYERS, TOKENS, FEATURES, HIDDEN = 4, 16, 1536, 512
 
@@ -268,7 +268,7 @@ def test_slow_producer_and_early_consumer(where, built, options, algorithm):
     it has written anything, and XLA starts the kernel behind as soon as the tail lets it. One rank
     is slower than another. Other data in every run, as above."""
     tokens = TOKENS
-    while support.choose_algorithm(where.ranks, 2 * tokens * FEATURES) != algorithm:
+    while decision.choose_algorithm(where.ranks, 2 * tokens * FEATURES) != algorithm:
         tokens *= 2
     layer = make_layers(where)[0]
     rng = np.random.default_rng(0)

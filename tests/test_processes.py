@@ -18,16 +18,16 @@ from places import GRAPHS, NO_GRAPHS
 from runners import in_specs, make_mesh, mesh_call
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import extension, processes
+from jax_gemma_arf._src import extension, processes
+from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_tail
-from jax_gemma_arf.reference import Operands
 
 CASES = [
     Case((1,), 640),
     Case((33,), 2816, op="sandwich", next_norms=2),
     Case((9,), 5376, F32, op="moe_tail"),
     Case((129,), 2560, op="all_reduce_norm"),
-    # Above support.ONE_SHOT_MAX_BYTES, so two-shot on a mesh.
+    # Above decision.ONE_SHOT_MAX_BYTES, so two-shot on a mesh.
     Case((600,), 2816, BF16),
 ]
 

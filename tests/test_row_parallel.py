@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from runners import make_mesh
 
 import jax_gemma_arf as jga
-from jax_gemma_arf.reference import Operands, tail
+from jax_gemma_arf._src.operands import Operands
+from jax_gemma_arf._src.reference import tail
 
 BATCH, TOKENS, HIDDEN, HEADS, HEAD = 4, 3, 256, 4, 8
 UNITS = HEADS * HEAD

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from cases import GEMMA_HIDDEN
 
-from jax_gemma_arf import extension, fusion_support, processes, support
+from jax_gemma_arf import Support, fusion_support
+from jax_gemma_arf._src import decision, extension, processes
+from jax_gemma_arf._src.mesh import replica_groups
+from jax_gemma_arf._src.operands import AXIS_SIZES, MAX_MESSAGE_BYTES
 
 
 class FakeClient:
@@ -48,7 +51,7 @@ ABSTRACT = jax.sharding.AbstractMesh((2, 2), ("data", "tp"))
 
 def decide(shape=(1, 5376), dtype=jnp.bfloat16, mesh=ABSTRACT, **options):
     options = {"client": FakeClient()} | options
-    return support.decide(shape, jnp.dtype(dtype), mesh=mesh, names=("tp",), **options)
+    return decision.decide(shape, jnp.dtype(dtype), mesh=mesh, names=("tp",), **options)
 
 
 def test_accepts(nvlinked):
@@ -83,18 +86,18 @@ def test_reasons(nvlinked, arguments, reason):
 
 
 def test_caps_are_inclusive(nvlinked):
-    tokens = support.MAX_MESSAGE_BYTES // 1280
+    tokens = MAX_MESSAGE_BYTES // 1280
     assert decide((tokens, 640)).ok
     assert not decide((tokens + 1, 640)).ok
 
 
 def test_branches_count_alike(nvlinked):
     """Two branches of half the tokens are as many bytes, with what follows from that."""
-    tokens = support.MAX_MESSAGE_BYTES // 2560
+    tokens = MAX_MESSAGE_BYTES // 2560
     assert decide((tokens, 640), branches=2).ok
     assert not decide((tokens + 1, 640), branches=2).ok
     assert decide((tokens + 1, 640)).ok
-    tokens = support.ONE_SHOT_MAX_BYTES[2] // 2560
+    tokens = decision.ONE_SHOT_MAX_BYTES[2] // 2560
     assert decide((tokens, 640), branches=2).algorithm == "one_shot"
     assert decide((tokens + 1, 640), branches=2).algorithm == "two_shot"
     assert decide((tokens + 1, 640)).algorithm == "one_shot"
@@ -115,8 +118,8 @@ def test_nothing_to_reduce(nvlinked):
 
 
 def test_cpu_platform(mesh):
-    decision = fusion_support((1, 5376), jnp.bfloat16, mesh=mesh, axis_name="tp")
-    assert decision == support.Support(False, "platform is cpu, not CUDA")
+    support = fusion_support((1, 5376), jnp.bfloat16, mesh=mesh, axis_name="tp")
+    assert support == Support(False, "platform is cpu, not CUDA")
 
 
 def test_not_built(monkeypatch):
@@ -245,13 +248,13 @@ def test_no_last_axis():
         fusion_support((), jnp.bfloat16, mesh=ABSTRACT, axis_name="tp")
 
 
-@pytest.mark.parametrize("ranks", support.AXIS_SIZES)
+@pytest.mark.parametrize("ranks", AXIS_SIZES)
 def test_algorithm_rule(ranks):
     """One-shot up to the documented bytes, two-shot from the next size on."""
-    limit = support.ONE_SHOT_MAX_BYTES[ranks]
-    assert support.choose_algorithm(ranks, 1) == "one_shot"
-    assert support.choose_algorithm(ranks, limit) == "one_shot"
-    assert support.choose_algorithm(ranks, limit + 1) == "two_shot"
+    limit = decision.ONE_SHOT_MAX_BYTES[ranks]
+    assert decision.choose_algorithm(ranks, 1) == "one_shot"
+    assert decision.choose_algorithm(ranks, limit) == "one_shot"
+    assert decision.choose_algorithm(ranks, limit + 1) == "two_shot"
 
 
 def test_replica_groups():
@@ -266,4 +269,4 @@ def test_replica_groups():
         (cube, ("a", "c"), [[0, 1, 4, 5], [2, 3, 6, 7]]),
         (cube, ("c", "a"), [[0, 4, 1, 5], [2, 6, 3, 7]]),
     ):
-        np.testing.assert_array_equal(support.replica_groups(mesh, names), groups)
+        np.testing.assert_array_equal(replica_groups(mesh, names), groups)

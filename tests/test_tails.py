@@ -36,7 +36,7 @@ from runners import (
 )
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import extension
+from jax_gemma_arf._src import extension
 
 
 @pytest.fixture(params=[*XLA, *LOOPBACK, *MULTI_GPU, *FLASHINFER, *MULTI_GPU_FLASHINFER], ids=str)

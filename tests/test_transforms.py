@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import lowering
-from jax_gemma_arf.reference import post_ff_tail
+from jax_gemma_arf._src import lowering
+from jax_gemma_arf._src.reference import post_ff_tail
 
 NEXT_NORMS = {"sandwich": 1, "moe_tail": 2}
 CASES = {op: Case((8,), 640, F32, op=op, next_norms=NEXT_NORMS.get(op, 0)) for op in OPS}

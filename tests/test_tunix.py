@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from runners import make_mesh
 
 import jax_gemma_arf as jga
-from jax_gemma_arf import lowering
+from jax_gemma_arf._src import lowering
 
 pytest.importorskip("tunix", reason="needs google-tunix: the extra tunix of pyproject.toml")
 with warnings.catch_warnings():

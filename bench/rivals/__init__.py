@@ -13,7 +13,7 @@ from types import ModuleType
 import jax
 import numpy as np
 
-from jax_gemma_arf.support import FLASHINFER_ONE_SHOT_MAX_BYTES
+from jax_gemma_arf._src.decision import FLASHINFER_ONE_SHOT_MAX_BYTES
 
 DIRECTORY = Path(__file__).parents[2] / "build" / "rivals"
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gemma.gm.math import _positional_embeddings
 from gemma.gm.nn.gemma4 import _modules as _gemma4_modules
 
-from jax_gemma_arf.reference import rmsnorm
+from jax_gemma_arf._src.reference import rmsnorm
 
 _MASKED = -2.3819763e38  # of the official modules, for logits
 

@@ -35,14 +35,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kauldron import kd
 
-from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_ff, fused_sandwich
+from jax_gemma_arf._src.fused_ops import fused_moe_tail, fused_post_ff, fused_sandwich
+from jax_gemma_arf._src.mesh import AxisName, axis_names, group_size
+from jax_gemma_arf._src.operands import Implementation
+from jax_gemma_arf._src.reference import rmsnorm
+from jax_gemma_arf._src.vocabulary import lookup
 from jax_gemma_arf.integrations import _gemma_wrappers as wrappers
 from jax_gemma_arf.integrations import _mesh_modes
 from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
 from jax_gemma_arf.integrations._gemma_experts import run_experts
-from jax_gemma_arf.reference import rmsnorm
-from jax_gemma_arf.support import AxisName, axis_names, group_size
-from jax_gemma_arf.vocabulary import lookup
 
 #: Releases of the package whose blocks were compared with those restated here.
 TESTED_VERSIONS = ("4.0.1", "4.1.0")

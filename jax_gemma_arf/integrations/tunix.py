@@ -24,11 +24,11 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jax_gemma_arf.fused_ops import Implementation
-from jax_gemma_arf.lowering import SAVED_SUMS
-from jax_gemma_arf.reference import rmsnorm
-from jax_gemma_arf.row_parallel import Projection, row_parallel_moe_tail, row_parallel_post_ff
-from jax_gemma_arf.support import axis_names, group_size
+from jax_gemma_arf._src.lowering import SAVED_SUMS
+from jax_gemma_arf._src.mesh import axis_names, group_size
+from jax_gemma_arf._src.operands import Implementation
+from jax_gemma_arf._src.reference import rmsnorm
+from jax_gemma_arf._src.row_parallel import Projection, row_parallel_moe_tail, row_parallel_post_ff
 
 #: The versions of google-tunix whose layers this module knows: it calls parts of them.
 VERSIONS = ("0.1.7",)

@@ -1,19 +1,24 @@
 """The public operations: argument checks, then the primitive or the reference."""
 
-import math
-import numbers
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType
 
-from jax_gemma_arf import extension, lowering
-from jax_gemma_arf.reference import Operands
-from jax_gemma_arf.support import DTYPES, MAX_NEXT_NORMS, AxisName, axis_names
-
-Implementation = Literal["cuda", "flashinfer", "xla"]
+from jax_gemma_arf._src import extension, lowering
+from jax_gemma_arf._src.mesh import AxisName
+from jax_gemma_arf._src.operands import (
+    ONE_BRANCH,
+    TWO_BRANCHES,
+    Arguments,
+    Implementation,
+    Operands,
+    as_operands,
+    check_axis,
+    check_number,
+    check_operands,
+    check_replication,
+)
 
 
 def fused_post_ff(
@@ -85,7 +90,7 @@ def fused_post_ff(
       >>> post_ff(ones((4, 1024)), ones((1024, 256)), ones((4, 256)), 3 * ones(256))[:, 0]
       Array([4., 4., 4., 4.], dtype=float32)
     """
-    operands = _operands((x,), (norm_scale,), jnp.asarray(residual), layer_scalar)
+    operands = as_operands((x,), (norm_scale,), jnp.asarray(residual), layer_scalar)
     (hidden,) = _fused(operands, axis_name, eps, scale_offset, implementation)
     return hidden
 
@@ -144,7 +149,9 @@ def fused_sandwich[NormScales: (jax.Array, tuple[jax.Array, ...])](
     """
     if next_norm_scale is None:
         raise TypeError("next_norm_scale must be given; without a next norm use fused_post_ff")
-    operands = _operands((x,), (norm_scale,), jnp.asarray(residual), layer_scalar, next_norm_scale)
+    operands = as_operands(
+        (x,), (norm_scale,), jnp.asarray(residual), layer_scalar, next_norm_scale
+    )
     hidden, *normed = _fused(operands, axis_name, eps, scale_offset, implementation)
     return hidden, _like(next_norm_scale, normed)
 
@@ -177,7 +184,7 @@ def fused_all_reduce_norm(
       >>> project(jnp.ones((4, 512)), jnp.ones((512, 256)), 3 * jnp.ones(256))[:, 0]
       Array([3., 3., 3., 3.], dtype=float32)
     """
-    operands = _operands((x,), (norm_scale,))
+    operands = as_operands((x,), (norm_scale,))
     (normed,) = _fused(operands, axis_name, eps, scale_offset, implementation)
     return normed
 
@@ -271,14 +278,14 @@ def fused_moe_tail(
       >>> tail(dense, experts, ones((4, 256)), ones(256), ones(256), 3 * ones(256))[:, 0]
       Array([4, 4, 4, 4], dtype=bfloat16)
     """
-    operands = _operands(
+    operands = as_operands(
         (dense, experts),
         (dense_norm_scale, expert_norm_scale, norm_scale),
         jnp.asarray(residual),
         layer_scalar,
         next_norm_scale,
     )
-    hidden, *normed = _fused(operands, axis_name, eps, scale_offset, implementation)
+    hidden, *normed = _fused(operands, axis_name, eps, scale_offset, implementation, TWO_BRANCHES)
     if next_norm_scale is None:
         return hidden
     return hidden, _like(next_norm_scale, normed)
@@ -290,9 +297,10 @@ def _fused(
     eps: float,
     scale_offset: float,
     implementation: Implementation | None,
+    arguments: Arguments = ONE_BRANCH,
 ) -> tuple[jax.Array, ...]:
-    """Checks a call and binds it. Returns hidden and the next norms."""
-    eps, scale_offset = _check_number("eps", eps), _check_number("scale_offset", scale_offset)
+    """Checks a call and binds it. Returns the finished row and the next norms."""
+    eps, scale_offset = check_number("eps", eps), check_number("scale_offset", scale_offset)
     if eps <= 0:
         raise ValueError(f"eps must be positive in float32, got {eps}")
     if implementation not in ("cuda", "flashinfer", "xla", None):
@@ -301,9 +309,9 @@ def _fused(
         )
     if implementation == "flashinfer":
         _check_flashinfer(operands)
-    check_operands(operands)
-    names = _check_axis(axis_name)
-    _check_replication(operands, names)
+    check_operands(operands, arguments)
+    names = check_axis(axis_name)
+    check_replication(operands, arguments, names)
     options = lowering.Options(names, eps, scale_offset, implementation)
     # No tokens: nothing that a kernel could do.
     if implementation == "xla" or 0 in operands.partial_sums[0].shape:
@@ -322,167 +330,6 @@ def _check_flashinfer(operands: Operands) -> None:
         raise NotImplementedError(f'implementation="flashinfer": {missing}')
 
 
-def _operands(
-    partial_sums, norm_scales, residual=None, layer_scalar=None, next_norm_scale=None
-) -> Operands:
-    """An operation's arguments as arrays."""
-    if next_norm_scale is None:
-        next_norm_scales = ()
-    elif not isinstance(next_norm_scale, tuple):
-        next_norm_scales = (next_norm_scale,)
-    elif 1 <= len(next_norm_scale) <= MAX_NEXT_NORMS:
-        next_norm_scales = next_norm_scale
-    else:
-        raise ValueError(
-            f"next_norm_scale must be an array [D] or a tuple of 1 to {MAX_NEXT_NORMS}, got a "
-            f"tuple of {len(next_norm_scale)}"
-        )
-    return Operands(
-        tuple(map(jnp.asarray, partial_sums)),
-        tuple(map(jnp.asarray, norm_scales)),
-        residual,
-        None if layer_scalar is None else as_array(layer_scalar),
-        tuple(map(jnp.asarray, next_norm_scales)),
-    )
-
-
 def _like(next_norm_scale, normed: list[jax.Array]) -> Any:
     """A tuple where next_norm_scale was one, else the one array."""
     return tuple(normed) if isinstance(next_norm_scale, tuple) else normed[0]
-
-
-def as_array(layer_scalar: jax.Array | float) -> jax.Array:
-    """A number of Python, or an integer of NumPy, becomes float32, whatever JAX's default is."""
-    number = isinstance(layer_scalar, numbers.Integral | float)
-    return jnp.asarray(layer_scalar, jnp.float32 if number else None)
-
-
-def _check_number(name: str, value: float) -> float:
-    """value as the float32 that the arithmetic will see."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a static number, got {type(value).__name__}")
-    with np.errstate(over="ignore"):
-        number = float(np.float32(value))
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite in float32, got {value}")
-    return number
-
-
-class _Named(NamedTuple):
-    """The operands by the names of the arguments that they were."""
-
-    sums: dict[str, jax.Array]
-    residual: dict[str, jax.Array]
-    scales: dict[str, jax.Array]
-    scalar: dict[str, jax.Array]
-
-    @classmethod
-    def of(cls, operands: Operands) -> "_Named":
-        branches = ("dense", "experts") if len(operands.partial_sums) == 2 else ("x",)
-        scales = ("norm_scale",)
-        if len(branches) == 2:
-            scales = ("dense_norm_scale", "expert_norm_scale", "norm_scale")
-        if len(operands.next_norm_scales) == 1:
-            scales += ("next_norm_scale",)
-        else:
-            scales += tuple(f"next_norm_scale[{i}]" for i in range(MAX_NEXT_NORMS))
-        return cls(
-            dict(zip(branches, operands.partial_sums)),
-            {} if operands.residual is None else {"residual": operands.residual},
-            dict(zip(scales, (*operands.norm_scales, *operands.next_norm_scales))),
-            {} if operands.layer_scalar is None else {"layer_scalar": operands.layer_scalar},
-        )
-
-
-def check_operands(operands: Operands) -> None:
-    """Shapes and dtypes. No operand is ever converted silently, nor read as another dtype."""
-    named = _Named.of(operands)
-    x_name, x = next(iter(named.sums.items()))
-    if x.ndim == 0:
-        raise ValueError(f"{x_name} must be [..., D], got the shape ()")
-    hidden = x.shape[-1]
-    if hidden == 0:
-        raise ValueError(f"{x_name} must have D > 0 elements a token, got the shape {x.shape}")
-    for name, operand in (named.sums | named.residual).items():
-        if operand.shape != x.shape:
-            raise ValueError(f"{name} must have {x_name}'s shape {x.shape}, got {operand.shape}")
-    for name, operand in named.scales.items():
-        if operand.shape != (hidden,):
-            raise ValueError(
-                f"{name} must have the shape ({hidden},) for {x_name} of shape {x.shape}, "
-                f"got {operand.shape}"
-            )
-    for name, operand in named.scalar.items():
-        if operand.shape not in ((), (1,)):
-            raise ValueError(f"{name} must have the shape () or (1,), got {operand.shape}")
-    _check_dtypes(named)
-
-
-def _check_dtypes(named: _Named) -> None:
-    everything = named.sums | named.residual | named.scales | named.scalar
-    for name, operand in everything.items():
-        if operand.dtype not in DTYPES:
-            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {operand.dtype}")
-    if {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)} <= {a.dtype for a in everything.values()}:
-        dtypes = ", ".join(f"{name} {operand.dtype}" for name, operand in everything.items())
-        raise TypeError(f"bfloat16 and float16 must not be mixed in one call, got {dtypes}")
-    if len({operand.dtype for operand in named.sums.values()}) > 1:
-        dtypes = " and ".join(str(operand.dtype) for operand in named.sums.values())
-        raise TypeError(f"{' and '.join(named.sums)} must have one dtype, got {dtypes}")
-
-
-def _check_axis(axis_name: AxisName) -> tuple[str, ...]:
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    manual = [name for name, kind in kinds.items() if kind == AxisType.Manual]
-    try:
-        names = axis_names(axis_name, mesh)
-    except ValueError as error:
-        raise ValueError(f"{error}; call inside jax.shard_map over that axis") from None
-    if not set(names) <= set(manual):
-        raise ValueError(
-            f"axis_name must name manual axes, which are {manual} here, got {axis_name!r}; call "
-            "inside jax.shard_map over that axis"
-        )
-    return names
-
-
-# To find what is constant, Flax traces the body of a scan once more, with types that have no manual
-# axes.
-_OF_SCAN = (
-    ", or Flax's nn.scan dropped its manual axes: pass check_constancy_invariants=False to nn.scan "
-    "(nn.remat_scan has no such option: use nn.scan of nn.remat)"
-)
-
-
-def _check_replication(operands: Operands, names: tuple[str, ...]) -> None:
-    """Partial sums must be partial over the axes and the rest replicated, as far as check_vma lets
-    us see."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = {name for name in names if mesh.shape[name] > 1}  # types leave out axes of size 1
-    # Only under check_vma does a type say what varies; the rank's own index shows whether it is on.
-    index = jax.eval_shape(lambda: jax.lax.axis_index(names)).manual_axis_type
-    if index is None or not axes <= index.varying:
-        return
-    named = _Named.of(operands)
-    for name, operand in (named.residual | named.scales | named.scalar).items():
-        kind = jax.typeof(operand).manual_axis_type
-        if over := (kind.varying | kind.unreduced | kind.reduced) & axes:
-            raise ValueError(
-                f"{name} must be replicated over axis_name, got one that varies over or is typed "
-                f"unreduced or reduced over {sorted(over)}; reduce or gather it first"
-            )
-    for name, operand in named.sums.items():
-        kind = jax.typeof(operand).manual_axis_type
-        if not axes <= kind.varying and not axes <= kind.unreduced:
-            raise ValueError(
-                f"{name} must hold partial sums, varying or unreduced over all of {sorted(axes)}, "
-                f"got one varying over {sorted(kind.varying & axes)} and unreduced over "
-                f"{sorted(kind.unreduced & axes)}: it is reduced already, or lacks jax.lax.pcast"
-                + ("" if kind.varying & axes else _OF_SCAN)
-            )
-        if other := kind.unreduced - set(names):
-            raise ValueError(
-                f"{name} must be unreduced over axis_name alone, got one unreduced over "
-                f"{sorted(other)} too"
-            )

@@ -8,17 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jax_gemma_arf import extension
-from jax_gemma_arf.fused_ops import fused_all_reduce_norm, fused_moe_tail
-from jax_gemma_arf.support import (
-    AXIS_SIZES,
-    AnyMesh,
-    AxisName,
-    axis_names,
-    choose_algorithm,
-    fusion_support,
-    group_size,
-)
+from jax_gemma_arf._src import extension
+from jax_gemma_arf._src.decision import choose_algorithm, fusion_support
+from jax_gemma_arf._src.fused_ops import fused_all_reduce_norm, fused_moe_tail
+from jax_gemma_arf._src.mesh import AnyMesh, AxisName, axis_names, group_size
+from jax_gemma_arf._src.operands import AXIS_SIZES
 
 
 def workspace_bytes(

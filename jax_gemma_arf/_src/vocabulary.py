@@ -7,7 +7,7 @@ holds and puts zeros for the others, and one all-reduce of the rows found comple
 import jax
 import jax.numpy as jnp
 
-from jax_gemma_arf.support import AxisName
+from jax_gemma_arf._src.mesh import AxisName
 
 
 def lookup(table: jax.Array, ids: jax.Array, *, axis_name: AxisName) -> jax.Array:

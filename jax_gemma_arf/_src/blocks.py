@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jax_gemma_arf.fused_ops import fused_post_ff, fused_sandwich
-from jax_gemma_arf.support import AxisName
+from jax_gemma_arf._src.fused_ops import fused_post_ff, fused_sandwich
+from jax_gemma_arf._src.mesh import AxisName
 
 
 def mlp(

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_gemma_arf import extension
+from jax_gemma_arf._src import extension
 from jax_gemma_arf._version import __version__
 
 #: Set to 1 to run everything as psum; with several processes, in any of them, before initialize().

@@ -15,8 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from jax_gemma_arf import support
-from jax_gemma_arf.reference import Operands, reference_tail, tail
+from jax_gemma_arf._src.decision import decide
+from jax_gemma_arf._src.mesh import replica_groups
+from jax_gemma_arf._src.operands import Operands
+from jax_gemma_arf._src.reference import reference_tail, tail
 
 logger = logging.getLogger("jax_gemma_arf")
 
@@ -187,7 +189,7 @@ def _cuda_lowering(ctx, *leaves, tree, options):
     client = ctx.module_context.backend
     if client is not None and client.devices()[0].platform != "gpu":
         client = None
-    decision = support.decide(
+    decision = decide(
         x.shape,
         x.dtype,
         mesh=context.mesh,
@@ -208,7 +210,7 @@ def _cuda_lowering(ctx, *leaves, tree, options):
     attributes = ffi_attributes(
         operands,
         decision.algorithm,
-        support.replica_groups(context.mesh, options.axis_name),
+        replica_groups(context.mesh, options.axis_name),
         options.eps,
         options.scale_offset,
     )

@@ -15,14 +15,9 @@ from jax.core import Tracer
 from jax.extend.core import Jaxpr, Literal
 from jax.sharding import AxisType, PartitionSpec
 
-from jax_gemma_arf.fused_ops import (
-    Implementation,
-    as_array,
-    fused_moe_tail,
-    fused_post_ff,
-    fused_sandwich,
-)
-from jax_gemma_arf.support import DTYPES, AnyMesh, AxisName, axis_names, group_size
+from jax_gemma_arf._src.fused_ops import fused_moe_tail, fused_post_ff, fused_sandwich
+from jax_gemma_arf._src.mesh import AnyMesh, AxisName, axis_names, group_size
+from jax_gemma_arf._src.operands import DTYPES, Implementation, as_array
 
 
 class Projection(NamedTuple):
