@@ -13,6 +13,7 @@ from pathlib import Path
 
 import children
 import jax
+import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ from runners import in_specs, make_mesh, mesh_call, place
 
 import jax_gemma_arf
 from jax_gemma_arf import __main__ as report
-from jax_gemma_arf import loopback
 from jax_gemma_arf._src import decision, extension, lowering
 from jax_gemma_arf._src import operands as limits
+from jax_gemma_arf.loopback import Operands, loopback_tail
 
 ROOT = Path(__file__).parent.parent
 REGISTER_TARGET = "jax_gemma_arf.register_tail"
@@ -65,6 +66,29 @@ def test_mesh_handlers_register(built, record):
     assert result.returncode == 0, result.stderr
     stages = ["instantiate", "prepare", "initialize", "execute"] + ["record"] * record
     assert result.stdout.split() == stages
+
+
+def refusing_stages() -> None:
+    """Prints the stages that refuse a call on CPUs: with its attributes, and without any."""
+    jax.devices()  # registrations wait for the runtime
+    for name, registration in extension.load().type_registrations().items():
+        jax.ffi.register_ffi_type(name, registration, platform="cpu")
+    target = lowering.LOOPBACK_TARGET
+    jax.ffi.register_ffi_target(target, extension.load().registrations()[target], platform="cpu")
+    operands = jax.tree.map(jnp.asarray, Operands(*make_inputs(Case(), 2)))
+    result = jax.ShapeDtypeStruct(operands.partial_sums[0].shape, operands.dtype)
+    calls = (loopback_tail, lambda operands: jax.ffi.ffi_call(target, result)(*operands[0]))
+    for call in calls:
+        with pytest.raises(jax.errors.JaxRuntimeError) as error:
+            jax.block_until_ready(call(operands))
+        print(*re.findall(r"\[(\w+)\] Failed to decode", str(error.value)))
+
+
+def test_attributes_decode(built):
+    """Instantiate, which needs no GPU, decodes exactly the attributes that Python gives: a call
+    gets to Execute, which asks for a GPU's stream."""
+    ended = children.run(refusing_stages, seconds=60, env={"JAX_PLATFORMS": "cpu"}).check()
+    assert ended.stdout.split() == ["execute", "instantiate"]
 
 
 def test_record_is_for_known_versions():
@@ -315,7 +339,7 @@ def test_newer_jax_warns_at_import(version):
 @pytest.mark.parametrize(
     ("old", "name", "now"),
     [
-        ("reference", "Operands", loopback.Operands),
+        ("reference", "Operands", Operands),
         ("reference", "rmsnorm", jax_gemma_arf.rmsnorm),
         ("support", "fusion_support", jax_gemma_arf.fusion_support),
     ],
