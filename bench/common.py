@@ -346,6 +346,9 @@ def run_children(
             if "note" in row:
                 notes.append(row["note"])
                 return
+            if "progress" in row:
+                bar.write(row["progress"], file=sys.stderr)
+                return
             rows.append(row)
             bar.set_postfix_str(label.format(**row))
             bar.update()

@@ -22,6 +22,7 @@ COLORS = {
     "psum": "#c8372d",
     "official, one GPU": "#555555",
     "official, partitioned": "#e08e0b",
+    "official": "#e08e0b",
     "flashinfer norm + tail": "#e08e0b",
     "sum": "#c8372d",
     "floor": "#7a7a7a",
@@ -45,7 +46,14 @@ LABELS = {
 
 
 #: Implementations of a whole model, in the order in which tables show them.
-MODEL_ORDER = ("official, one GPU", "official, partitioned", "psum", "fused")
+MODEL_ORDER = ("official, one GPU", "official, partitioned", "official", "psum", "fused")
+#: Fields of rows with an error, and what they are of.
+MODEL_ERRORS = {
+    "relative_error": "logits",
+    "token_error": "sampled tokens",
+    "loss_error": "losses",
+    "norm_error": "norms of gradients",
+}
 
 
 class Timing(NamedTuple):
@@ -239,8 +247,9 @@ def _gap(rows: Sequence[dict[str, Any]], tokens: int, name: str) -> str:
 def model_markdown(record: Record) -> str:
     """Two tables for each model: microseconds a step, and what a profile of the decodes says."""
     facts = record["facts"]
+    title = {"model": "Whole models", "tunix": "Models of google-tunix"}[record["kind"]]
     parts = [
-        f"## Whole models\n\n{headline(record)}; random weights; a prompt and cache of "
+        f"## {title}\n\n{headline(record)}; random weights; a prompt and cache of "
         f"{facts.get('prompt')} tokens"
     ]
     for model, rows in common.grouped(record["rows"], "model").items():
@@ -248,6 +257,7 @@ def model_markdown(record: Record) -> str:
         names = [name for name in MODEL_ORDER if name in timed]
         ours = "fused" if "fused" in names else "psum"
         rivals = [name for name in names if name != ours]
+        with_floor = any("floor_us" in row for row in rows)
         cells = []
         for (phase, batch, tokens), line in common.grouped(
             rows, "phase", "batch", "tokens"
@@ -257,17 +267,20 @@ def model_markdown(record: Record) -> str:
                 [
                     f"{phase}, batch {batch}",
                     *(_wall(best_of.get(name), False) for name in names),
-                    _floor(line),
+                    *([_floor(line)] if with_floor else []),
                     *(faster(best_of.get(name), best_of.get(ours)) for name in rivals),
                     _rate(best_of.get(ours), tokens),
                 ]
             )
-        header = ["us a step", *names, "floor", *(f"{name} / {ours}" for name in rivals)]
-        errors = [row["relative_error"] for row in rows if "relative_error" in row]
-        off = f"; logits differ by {max(errors):.1%} at most" if errors else ""
+        header = ["us a step", *names, *["floor"] * with_floor]
+        header += [*(f"{name} / {ours}" for name in rivals), f"{ours}, tokens/s"]
+        remarks = ["Wall time", *["the floor of each GPU of the mesh"] * with_floor]
+        for key, what in MODEL_ERRORS.items():
+            if errors := [row[key] for row in rows if key in row]:
+                remarks.append(f"{what} differ by {max(errors):.1%} at most")
         parts.append(
-            f"### {model}\n\n{_size_of(facts.get(model))}Wall time; the floor of each GPU of "
-            f"the mesh{off}.\n\n" + common.table([*header, f"{ours}, tokens/s"], cells)
+            f"### {model}\n\n{_size_of(facts.get(model))}{'; '.join(remarks)}.\n\n"
+            + common.table(header, cells)
         )
         if profiles := [row for row in rows if "shares" in row]:
             parts.append("Profiles of the decodes, on one GPU.\n\n" + _shares(profiles))
@@ -277,15 +290,17 @@ def model_markdown(record: Record) -> str:
 def _size_of(model: dict[str, Any] | None) -> str:
     if model is None:
         return ""
-    return (
-        f"{model['layers']} layers, D = {model['hidden']}; copies run at "
-        f"{model['bandwidth'] / 1e12:.2f} TB/s, matmuls at {model['matmul_rate'] / 1e12:.0f} "
-        "TFLOP/s. "
-    )
+    size = f"{model['layers']} layers, D = {model['hidden']}"
+    if "bandwidth" in model:
+        size += (
+            f"; copies run at {model['bandwidth'] / 1e12:.2f} TB/s, matmuls at "
+            f"{model['matmul_rate'] / 1e12:.0f} TFLOP/s"
+        )
+    return size + ". "
 
 
 def _floor(rows: Sequence[dict[str, Any]]) -> str:
-    """The floor among rows of one line: that of most ranks; in brackets with every expert read."""
+    """Returns the floor of one line, on most ranks; in brackets with every expert read."""
     rows = [row for row in rows if "floor_us" in row]
     if not rows:
         return ""
@@ -589,6 +604,28 @@ def model_plot(record: Record, path: Path) -> None:
     figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
 
 
+def tunix_plot(record: Record, path: Path) -> None:
+    """Bars of the time of a step, a panel for each phase."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    phases = common.grouped(record["rows"], "model", "phase", "batch")
+    figure = Figure(figsize=(4.6 * len(phases), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(phases), squeeze=False)[0]
+    for axes, ((model, phase, batch), rows) in zip(panels, phases.items()):
+        timings = best(rows, "step_us")
+        names = [name for name in MODEL_ORDER if name in timings]
+        title = f"{model.replace('_', ' ')}, {phase}, batch {batch}"
+        _panel(axes, title, "us a step, wall time")
+        for name in names:
+            wall = timings[name].wall
+            axes.bar(name, wall.median, yerr=wall.spread, width=0.6, color=COLORS[name])
+            axes.annotate(f"{wall.median:,.0f}", (name, 0), (0, 4), textcoords="offset points",
+                          ha="center", color="white", fontsize=10)  # fmt: skip
+    footer = headline(record) + ", bfloat16, random weights"
+    figure.text(0.005, -0.03, footer, fontsize=8, color="#777777")
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+
+
 def profile_plot(record: Record, path: Path) -> None:
     """Timelines of the first device on one scale, over stacked bars of the same device."""
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -658,6 +695,7 @@ KINDS = {
     "op": (op_markdown, op_plot),
     "block": (block_markdown, block_plot),
     "model": (model_markdown, model_plot),
+    "tunix": (model_markdown, tunix_plot),
     "profile": (profile_markdown, profile_plot),
 }
 
@@ -691,7 +729,7 @@ def merged(records: Sequence[Record], name: str) -> Record:
 
 
 def can_draw() -> bool:
-    """Returns whether matplotlib is installed; gather_gemma.py's stand-in for it has no file."""
+    """Returns whether matplotlib is installed; gather.py's stand-in for it has no file."""
     spec = importlib.util.find_spec("matplotlib")
     return spec is not None and spec.origin is not None
 

@@ -3,10 +3,10 @@
 # loopback and multi_gpu tests, compute-sanitizer on a selection, and the benchmarks. Each step has
 # a time limit, since a kernel that spins for a peer might not end by itself.
 #
-#   tests/gpu.sh [report|test|stress|sanitize|speed|op|ops|block|model|quick]...
+#   tests/gpu.sh [report|test|stress|sanitize|speed|op|ops|block|model|tunix|quick]...
 #
 # speed is op, ops, block and model, and the demo; quick is a short run of the benchmarks; the
-# default is all but quick.
+# default is all but tunix and quick. model and tunix need the packages, or copies (gather.py).
 # Records and plots go to $OUT, else to bench/records. COMMIT names the commit where there is no git.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -17,7 +17,7 @@ step() { # SECONDS COMMAND...
   timeout -k 10 "$@" || { echo "== failed with status $?: ${*:2}"; failed=1; }
 }
 
-model() {  # SECONDS ARGUMENT...; where the gemma package or its copy (gather_gemma.py) is
+model() {  # SECONDS ARGUMENT...; where the gemma package is
   if python3 -c "import gemma.gm" 2> /dev/null; then
     step "$1" python3 bench/model.py "${@:2}"
   fi
@@ -75,6 +75,7 @@ run_model() {  # each model in a process of its own, which loses its later rows 
   model 480 --models Gemma4_E2B Gemma4_E4B Gemma3_4B --child-seconds 150
   model 330 --models Gemma4_26B_A4B Gemma4_31B --child-seconds 150
 }
+run_tunix() { step 200 python3 bench/tunix_gemma.py; }
 run_speed() { run_op; run_ops; run_block; run_model; step 120 python3 examples/demo.py; }
 run_quick() {
   step 90 python3 bench/op.py --quick
@@ -86,7 +87,7 @@ run_quick() {
 for part in "${@:-all}"; do
   case "$part" in
     all) run_report; run_test; run_stress; run_sanitize; run_speed ;;
-    report | test | stress | sanitize | speed | op | ops | block | model | quick) "run_$part" ;;
+    report | test | stress | sanitize | speed | op | ops | block | model | tunix | quick) "run_$part" ;;
     *) echo "unknown part: $part; use one of those at the top of this script" >&2; exit 2 ;;
   esac
 done

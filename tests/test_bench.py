@@ -24,6 +24,7 @@ import profile_compare
 import pytest
 import report
 import rivals
+import tunix_gemma
 import xplane
 
 ROOT = Path(__file__).parents[1]
@@ -206,9 +207,9 @@ def test_profile_compare_of_its_own_run(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
-def run(script, *arguments, out):
+def run(script, *arguments, out, **environment):
     command = [sys.executable, ROOT / "bench" / script, *arguments, "--quick", "--out", out]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     (path,) = out.glob("*.json")
     assert path.with_suffix(".png").exists()
@@ -565,6 +566,66 @@ def test_model_on_cpus(tmp_path):
     ]
     assert all(row["matches"] and row["floor_us"] > 0 for row in record["rows"])
     assert max(row.get("relative_error", 0) for row in record["rows"]) < 0.05
+
+
+@pytest.fixture
+def tunix():
+    """Skips without the package, and lets it warn while it is imported and used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("tunix", reason="needs google-tunix: pip install '.[tunix]'")
+        yield
+
+
+@pytest.mark.usefixtures("tunix")
+def test_tunix_on_cpus(tmp_path):
+    record = run("tunix_gemma.py", out=tmp_path, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    assert record["notes"] == []
+    assert [(row["phase"], row["implementation"]) for row in record["rows"]] == [
+        (phase, name) for phase in ("decode", "training") for name in ("official", "psum")
+    ]
+    assert all(row["matches"] and min(row["step_us"]) > 0 for row in record["rows"])
+    losses = record["rows"][-1]["losses"]
+    assert losses == sorted(losses, reverse=True)
+    text = report.markdown(record)
+    assert "| us a step | official | psum | official / psum | psum, tokens/s |" in text
+    assert "| training, batch 1 |" in text
+
+
+@pytest.mark.usefixtures("built", "tunix")
+def test_tunix_lowers_for_gpus(monkeypatch, cpus):
+    """To two calls a layer, in sampling and in training, whose backward pass has none."""
+    monkeypatch.setattr(common, "devices_for", lambda _: ("mesh", cpus[:2]))
+    options = {"model": "Gemma3_4B", "layers": 4, "length": 32, "steps": 16, "batch": 2}
+    options |= {"ranks": 2, "quick": True, "train_batch": 2, "flag_set": "A"}
+    bench = tunix_gemma.Bench(argparse.Namespace(**options))
+    bench.small = True
+    arrays = bench.parameters()
+    with bench.mesh:
+        for make in (bench.sampling, bench.training):
+            run = make("fused", arrays)
+            traced = run.jitted.trace(*run.operands())
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            assert text.count("custom_call @jax_gemma_arf") == 2 * 4
+
+
+def test_sampled_tokens_count_up_to_the_first_difference():
+    want = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    compare = tunix_gemma.Sampling.compare
+    assert compare(want, want) == {"token_error": 0, "matches": True}
+    other = np.array([[1, 2, 3, 4], [5, 0, 0, 0]])
+    assert compare(other, want) == {"token_error": pytest.approx(1 / 6), "matches": True}
+    assert not compare(want + 1, want)["matches"]
+
+
+def test_losses_that_are_off():
+    want = np.array([[8, 4], [100, 50]], np.float32)
+    compare = tunix_gemma.Training.compare
+    assert compare(want, want)["matches"]
+    off = compare(want * [[1, 1.01], [1, 1]], want)
+    assert off["loss_error"] == pytest.approx(0.01)
+    assert not off["matches"]
+    assert not compare(want * [[1, 1], [1.1, 1]], want)["matches"]
 
 
 def test_model_without_gemma():
