@@ -354,10 +354,24 @@ def test_moved_names(old, name, now):
 
 
 def test_public_names():
-    """What the package offers is listed, calls itself by its public name, and pickles."""
+    """The listed names report the package as their module, and pickle."""
     for name in jax_gemma_arf.__all__:
         public = getattr(jax_gemma_arf, name)
         if callable(public):
             assert public.__module__ == "jax_gemma_arf", name
             assert pickle.loads(pickle.dumps(public)) is public
     assert pickle.loads(pickle.dumps(jax_gemma_arf.Support(True, "x"))).reason == "x"
+
+
+def test_collects_without_optional_packages(tmp_path):
+    """On a GPU machine with JAX and Flax alone, `pytest -k multi_gpu` finds its tests."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules.update(dict.fromkeys(['gemma', 'qwix', 'tunix']))\n"
+    )
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", "multi_gpu"]
+    paths = filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
