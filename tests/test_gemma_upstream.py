@@ -19,6 +19,8 @@ from gemma_models import off
 
 from jax_gemma_arf.integrations import gemma as integration
 
+VERSION = importlib.metadata.version("gemma")
+
 # Digests of the code in gemma 4.0.1 and, where it differs, 4.1.0.
 RESTATED = {
     "_run_blocks": {
@@ -61,7 +63,7 @@ def test_restated_code(name):
     assert callable(getattr(integration, name))
     for function, digests in RESTATED[name].items():
         assert digest(function) in digests, (
-            f"{function.__module__}.{function.__qualname__} of gemma {importlib.metadata.version('gemma')} is not "
+            f"{function.__module__}.{function.__qualname__} of gemma {VERSION} is not "
             f"the code that {name} of the integration restates: compare the two, run "
             "test_gemma_parity.py, then add the digest here and the version to TESTED_VERSIONS"
         )
@@ -72,7 +74,7 @@ def test_untested_version():
         integration._warn_if_untested("9.9.9")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        integration._warn_if_untested(gemma.__version__)
+        integration._warn_if_untested(VERSION)
 
 
 def test_router_of_the_stream(mesh, monkeypatch):
