@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from profiles import kernels_in
 
+from helpers.cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
+from helpers.profiles import kernels_in
 from jax_gemma_arf._src import decision, lowering
 from jax_gemma_arf._src.operands import MAX_MESSAGE_BYTES, Operands
 from jax_gemma_arf._src.reference import post_ff_tail, tail

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import GEMMA_HIDDEN
 
+from helpers.cases import GEMMA_HIDDEN
 from jax_gemma_arf import Support, fusion_support
 from jax_gemma_arf._src import decision, extension, processes
 from jax_gemma_arf._src.mesh import replica_groups
