@@ -38,8 +38,9 @@ flashinfer: $(BIN)/python
 	@$(BIN)/python -m jax_gemma_arf --extension
 	@touch $(VENV)/.built
 
+# A process for each core; tests/conftest.py keeps to one where there is a GPU.
 test: $(VENV)/.extra-test build/cuda_plugin
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 # JAX's CUDA plugin, for tests that compile for GPUs. Apart, since JAX would look for a GPU with it.
 build/cuda_plugin: $(VENV)/.extra-test

@@ -18,6 +18,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax_gemma_arf.set_peer_timeout(20)
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which machines with GPUs need not have
+def pytest_xdist_auto_num_workers() -> int | None:
+    """No processes besides this one where there is a GPU, since tests fill its memory and time
+    out while they wait for it; as many as cores elsewhere."""
+    return 0 if gpus() else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests that `-k loopback` and `-k multi_gpu` select, for `-m`."""
     for item in items:

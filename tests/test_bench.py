@@ -541,6 +541,7 @@ def test_noise_is_the_same_on_every_mesh(cpus):
     assert abs(np.corrcoef(whole.ravel(), other.ravel())[0, 1]) < 0.02
 
 
+@pytest.mark.timeout(300)  # a model in three ways, each compiled
 @pytest.mark.usefixtures("gemma")
 def test_model_on_cpus(tmp_path):
     record = run("model.py", out=tmp_path)
