@@ -4,10 +4,10 @@ import os
 
 import jax
 import pytest
-from places import Place, gpu_mesh
-from runners import make_mesh
 
 import jax_gemma_arf
+from helpers.places import Place, gpu_mesh
+from helpers.runners import make_mesh
 from jax_gemma_arf import extension
 
 jax.config.update("jax_num_cpu_devices", 8)

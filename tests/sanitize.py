@@ -16,10 +16,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import F16, F32, Case, assert_matches, make_inputs
-from runners import ONE_MESSAGE_OPS
 
 import jax_gemma_arf as jga
+from helpers.cases import F16, F32, Case, assert_matches, make_inputs
+from helpers.runners import ONE_MESSAGE_OPS
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 

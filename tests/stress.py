@@ -20,12 +20,22 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import BF16, F16, F32, GEMMA_HIDDEN, OPS, Case, Inputs, assert_matches, make_inputs
 from jax.sharding import PartitionSpec as P
-from runners import ONE_MESSAGE_OPS, call_op, in_specs, make_mesh
 from tqdm import tqdm
 
 import jax_gemma_arf as jga
+from helpers.cases import (
+    BF16,
+    F16,
+    F32,
+    GEMMA_HIDDEN,
+    OPS,
+    Case,
+    Inputs,
+    assert_matches,
+    make_inputs,
+)
+from helpers.runners import ONE_MESSAGE_OPS, call_op, in_specs, make_mesh
 from jax_gemma_arf import support
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands

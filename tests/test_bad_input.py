@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
 
 import jax_gemma_arf as jga
+from helpers.runners import make_mesh
 from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
 from jax_gemma_arf.reference import Operands
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, Case, make_inputs
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from runners import call_op, in_specs, make_mesh, one_rank
 
+from helpers.cases import OPS, Case, make_inputs
+from helpers.runners import call_op, in_specs, make_mesh, one_rank
 from jax_gemma_arf import linen
 from jax_gemma_arf import nnx as blocks_nnx
 

@@ -7,16 +7,16 @@ import dataclasses
 import functools
 import threading
 
-import children
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import F32, Case, Inputs, assert_matches, make_inputs
-from places import GRAPHS, NO_GRAPHS, Place, gpu_mesh, same_bits
-from runners import make_mesh
 
 import jax_gemma_arf as jga
+from helpers import children
+from helpers.cases import F32, Case, Inputs, assert_matches, make_inputs
+from helpers.places import GRAPHS, NO_GRAPHS, Place, gpu_mesh, same_bits
+from helpers.runners import make_mesh
 from jax_gemma_arf import lowering
 
 NO_LOCK = contextlib.nullcontext()

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from runners import check_docstring_example
 
 import jax_gemma_arf as jga
+from helpers.runners import check_docstring_example
 from jax_gemma_arf import linen
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def test_hazards_are_covered():
     files = [
         path
         for folder in ("tests", "ffi", "jax_gemma_arf")
-        for path in (ROOT / folder).iterdir()
+        for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".cc", ".cu", ".cuh", ".h")
     ]
     source = "".join(path.read_text() for path in files)

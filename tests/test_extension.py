@@ -10,16 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import children
 import jax
 import jaxlib.version
 import numpy as np
 import pytest
-from cases import BF16, Case, Inputs, assert_matches, make_inputs
 from jaxlib import xla_client
-from runners import in_specs, make_mesh, mesh_call, place
 
 import jax_gemma_arf
+from helpers import children
+from helpers.cases import BF16, Case, Inputs, assert_matches, make_inputs
+from helpers.runners import in_specs, make_mesh, mesh_call, place
 from jax_gemma_arf import __main__ as report
 from jax_gemma_arf import extension, lowering, support
 

@@ -6,18 +6,17 @@ import functools
 import re
 import time
 
-import children
-import device_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, Case, assert_matches, make_inputs
-from device_memory import MIB
 from jax.sharding import PartitionSpec as P
-from runners import in_specs, make_mesh, mesh_call, place
 
 import jax_gemma_arf as jga
+from helpers import children, device_memory
+from helpers.cases import BF16, Case, assert_matches, make_inputs
+from helpers.device_memory import MIB
+from helpers.runners import in_specs, make_mesh, mesh_call, place
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
 
 import jax_gemma_arf as jga
+from helpers.runners import make_mesh
 from jax_gemma_arf import extension, lowering
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
@@ -128,8 +128,7 @@ def test_exports(flashinfer, mesh):
 
 def test_gemma_models_take_it(flashinfer):
     """Two calls a layer of a whole model."""
-    import gemma_models  # noqa: PLC0415
-
+    from helpers import gemma_models  # noqa: PLC0415
     from jax_gemma_arf.integrations.gemma import tensor_parallel  # noqa: PLC0415
 
     mesh = make_mesh((2,), ("tp",), jax.devices("cpu")[:2])

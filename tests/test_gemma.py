@@ -5,18 +5,18 @@ import pickle
 import re
 
 import cloudpickle
-import gemma_models
-import gemma_sizes as sizes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
-from gemma_models import ckpts, gemma3n, off
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
 
+from helpers import gemma_models
+from helpers import gemma_sizes as sizes
+from helpers.gemma_models import ckpts, gemma3n, off
+from helpers.runners import make_mesh
 from jax_gemma_arf import lowering
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 

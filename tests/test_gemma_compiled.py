@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gemma_sizes as sizes
 import pytest
+
+from helpers import gemma_sizes as sizes
 
 HERE = Path(__file__).parent
 PLUGIN = HERE.parent / "build" / "cuda_plugin"
@@ -27,7 +28,7 @@ def programs():
         "PYTHONPATH": os.pathsep.join(paths),
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it wants cuDNN, for which nothing here asks
     }
-    command = [sys.executable, "-W", "ignore", str(HERE / "compile_gemma.py"), *sizes.VARIANTS]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "helpers.compile_gemma", *sizes.VARIANTS]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if "No module named 'jax_plugins" in run.stderr:
         pytest.skip("needs JAX's CUDA plugin: make test puts it into build/cuda_plugin")

@@ -3,16 +3,16 @@
 import contextlib
 import functools
 
-import gemma_models
-import gemma_sizes as sizes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gemma_models import text
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from helpers import gemma_models
+from helpers import gemma_sizes as sizes
+from helpers.gemma_models import text
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit

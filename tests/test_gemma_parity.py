@@ -7,16 +7,16 @@ the largest value; the fused order of norm and add gives 1e-6, the mistaken one 
 import functools
 import pathlib
 
-import gemma_models
-import gemma_sizes as sizes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gemma_models import off
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
 
+from helpers import gemma_models
+from helpers import gemma_sizes as sizes
+from helpers.gemma_models import off
+from helpers.runners import make_mesh
 from jax_gemma_arf.integrations import gemma
 from jax_gemma_arf.reference import rmsnorm
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import gemma_models
-import gemma_sizes as sizes
 import jax
 import numpy as np
 import optax
@@ -11,8 +9,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from kauldron import kd
-from runners import make_mesh
 
+from helpers import gemma_models
+from helpers import gemma_sizes as sizes
+from helpers.runners import make_mesh
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 

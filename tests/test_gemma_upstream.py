@@ -7,7 +7,6 @@ import textwrap
 import warnings
 
 import gemma
-import gemma_models
 import jax
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ from gemma.gm.nn import _modules, _transformer
 from gemma.gm.nn.gemma4 import _modules as gemma4_modules
 from gemma.gm.nn.gemma4 import _moe
 from gemma.gm.nn.gemma4 import _transformer as gemma4_transformer
-from gemma_models import off
 
+from helpers import gemma_models
+from helpers.gemma_models import off
 from jax_gemma_arf.integrations import gemma as integration
 
 # Digests of the code in gemma 4.0.1 and, where it differs, 4.1.0.

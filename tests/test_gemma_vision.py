@@ -1,14 +1,14 @@
 """Vision encoders, which the compiler partitions by the shardings of their parameters."""
 
-import gemma_models
-import gemma_sizes as sizes
 import jax
 import numpy as np
 from gemma.gm.nn.gemma4.vision import _encoder as gemma4_vision
 from gemma.gm.nn.vision import _vision, _vision_utils
-from gemma_models import off
-from runners import make_mesh
 
+from helpers import gemma_models
+from helpers import gemma_sizes as sizes
+from helpers.gemma_models import off
+from helpers.runners import make_mesh
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 IMAGE_TOKEN, VOCAB = 255_999, 262_148

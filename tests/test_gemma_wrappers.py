@@ -1,16 +1,16 @@
 """The wrappers of gm.nn around tensor parallel models: LoRA, Int8 weights, quantization."""
 
-import gemma_models
-import gemma_sizes as sizes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gemma import gm, peft
-from gemma_models import off
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
 
+from helpers import gemma_models
+from helpers import gemma_sizes as sizes
+from helpers.gemma_models import off
+from helpers.runners import make_mesh
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 TOLERANCE = 2e-5  # as in test_gemma_parity.py

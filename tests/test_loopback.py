@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from profiles import kernels_in
 
+from helpers.cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
+from helpers.profiles import kernels_in
 from jax_gemma_arf import lowering, support
 from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
 from jax_gemma_arf.reference import Operands, post_ff_tail, tail

@@ -6,12 +6,12 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import BF16, OPS, Case, Inputs, make_inputs
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from runners import call_op, in_specs, make_mesh, one_rank
 
 import jax_gemma_arf as jga
+from helpers.cases import BF16, OPS, Case, Inputs, make_inputs
+from helpers.runners import call_op, in_specs, make_mesh, one_rank
 from jax_gemma_arf import lowering, support
 from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
 from jax_gemma_arf.reference import Operands

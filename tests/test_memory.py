@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from runners import check_docstring_example, make_mesh
 
 import jax_gemma_arf as jga
+from helpers.runners import check_docstring_example, make_mesh
 from jax_gemma_arf import support
 
 TP2 = jax.sharding.AbstractMesh((2,), ("tp",))

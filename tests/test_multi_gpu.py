@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
 from jax.sharding import PartitionSpec as P
-from places import GRAPHS, NO_GRAPHS
-from profiles import kernels_in
-from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
+from helpers.cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
+from helpers.places import GRAPHS, NO_GRAPHS
+from helpers.profiles import kernels_in
+from helpers.runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 from jax_gemma_arf import extension, lowering, support
 from jax_gemma_arf.reference import Operands
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import PartitionSpec as P
-from places import GRAPHS, NO_GRAPHS, Place, same_bits
 
 import jax_gemma_arf as jga
+from helpers.cases import BF16
+from helpers.places import GRAPHS, NO_GRAPHS, Place, same_bits
 from jax_gemma_arf import blocks, extension, support
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands

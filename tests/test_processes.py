@@ -8,16 +8,16 @@ import re
 import signal
 import types
 
-import children
 import jax
 import numpy as np
 import pytest
-from cases import BF16, F32, Case, assert_matches, make_inputs
 from jax.sharding import PartitionSpec as P
-from places import GRAPHS, NO_GRAPHS
-from runners import in_specs, make_mesh, mesh_call
 
 import jax_gemma_arf as jga
+from helpers import children
+from helpers.cases import BF16, F32, Case, assert_matches, make_inputs
+from helpers.places import GRAPHS, NO_GRAPHS
+from helpers.runners import in_specs, make_mesh, mesh_call
 from jax_gemma_arf import extension, processes
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands

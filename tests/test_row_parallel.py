@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from runners import make_mesh
 
 import jax_gemma_arf as jga
+from helpers.runners import make_mesh
 from jax_gemma_arf.reference import Operands, tail
 
 BATCH, TOKENS, HIDDEN, HEADS, HEAD = 4, 3, 256, 4, 8

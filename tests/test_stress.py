@@ -2,12 +2,13 @@
 
 import re
 
-import children
 import jax
 import numpy as np
 import pytest
+
 import stress
-from runners import make_mesh
+from helpers import children
+from helpers.runners import make_mesh
 
 FEW = ["--programs", "1", "--cases", "2", "--trips", "6", "--calls", "100"]
 SHORT = ["--programs", "1", "--calls", "20000", "--seconds", "30"]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import GEMMA_HIDDEN
 
+from helpers.cases import GEMMA_HIDDEN
 from jax_gemma_arf import extension, fusion_support, processes, support
 
 

@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import (
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import jax_gemma_arf as jga
+from helpers.cases import (
     BF16,
     CASES,
     F16,
@@ -22,10 +27,7 @@ from cases import (
     outputs_of,
     rank_sum,
 )
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
-from jax.sharding import PartitionSpec as P
-from runners import (
+from helpers.runners import (
     FLASHINFER,
     LOOPBACK,
     MULTI_GPU,
@@ -34,8 +36,6 @@ from runners import (
     Runner,
     make_mesh,
 )
-
-import jax_gemma_arf as jga
 from jax_gemma_arf import extension
 
 

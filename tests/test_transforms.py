@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, F32, OPS, Case, assert_matches, compose, make_inputs
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
 import jax_gemma_arf as jga
+from helpers.cases import BF16, F32, OPS, Case, assert_matches, compose, make_inputs
+from helpers.runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 from jax_gemma_arf import lowering
 from jax_gemma_arf.reference import post_ff_tail
 

@@ -11,9 +11,9 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
-from runners import make_mesh
 
 import jax_gemma_arf as jga
+from helpers.runners import make_mesh
 from jax_gemma_arf import lowering
 
 pytest.importorskip("tunix", reason="needs google-tunix: the extra tunix of pyproject.toml")

@@ -1,4 +1,4 @@
-"""Records what Hugging Face transformers computes for the small models of gemma_sizes.py.
+"""Records what Hugging Face transformers computes for the small models of helpers/gemma_sizes.py.
 
 Run it where torch and transformers 5.17.0 are installed; the tests read hf_vectors.npz alone:
 
@@ -19,7 +19,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma4ForCausalLM,
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-import gemma_sizes as sizes  # noqa: E402
+from helpers import gemma_sizes as sizes  # noqa: E402
 
 
 def build(variant: str) -> torch.nn.Module:

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import OPS, Case, Inputs
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
+from helpers.cases import OPS, Case, Inputs
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import warnings
 
-import gemma_sizes as sizes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from helpers import gemma_sizes as sizes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # from what the package imports

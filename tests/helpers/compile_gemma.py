@@ -1,10 +1,10 @@
 """Compiles decode steps of small Gemma models for H100s, on a machine that need not have a GPU.
 
-    python tests/compile_gemma.py VARIANT...
+    PYTHONPATH=tests:build/cuda_plugin python -P -m helpers.compile_gemma VARIANT...
 
 Prints a line of JSON for each program: its collectives, as pairs of operation and elements. What
 XLA makes of a lookup in a sharded table shows only in programs compiled for GPUs. Needs the CUDA
-plugin of JAX, which test_gemma_compiled.py puts on the path.
+plugin of JAX, which `make test` puts into build/cuda_plugin.
 """
 
 import concurrent.futures
@@ -13,13 +13,13 @@ import json
 import os
 import sys
 
-import gemma_models
 import jax
 import jax.numpy as jnp
 import jax_plugins.xla_cuda13  # noqa: F401 (registers the platform)
 import numpy as np
 from jax.experimental import topologies
 
+from helpers import gemma_models
 from jax_gemma_arf import audit
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import Case, Inputs, make_inputs
 from jax.sharding import PartitionSpec as P
-from runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 
+from helpers.cases import Case, Inputs, make_inputs
+from helpers.runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 from jax_gemma_arf.loopback import loopback_tail
 from jax_gemma_arf.reference import Operands
 

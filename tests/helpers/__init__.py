@@ -1,0 +1,1 @@
+"""Cases, implementations, models and processes that several tests share."""
