@@ -94,7 +94,9 @@ def compiled(variant: str, ranks: int, batch: int, loop: bool, official: bool = 
 
     shardings = whole, jax.tree.map(lambda a: a.sharding, cache)
     jitted = jax.jit(steps, donate_argnums=2, out_shardings=shardings)
-    return jitted.lower(params, token, cache).compile().as_text()
+    # The choice of a kernel for each matmul is a quarter of the time, and none runs here.
+    options = {"xla_gpu_autotune_level": 0}
+    return jitted.lower(params, token, cache).compile(options).as_text()
 
 
 def collectives(text: str) -> list[tuple[str, int]]:
