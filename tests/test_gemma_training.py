@@ -8,10 +8,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from kauldron import kd
 
 from helpers import gemma_models
 from helpers import gemma_sizes as sizes
+from helpers.gemma_models import kd
 from helpers.runners import make_mesh
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 

@@ -10,13 +10,9 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from gemma.gm.nn import _modules, _transformer
-from gemma.gm.nn.gemma4 import _modules as gemma4_modules
-from gemma.gm.nn.gemma4 import _moe
-from gemma.gm.nn.gemma4 import _transformer as gemma4_transformer
 
 from helpers import gemma_models  # skips the module where there is no gemma package
-from helpers.gemma_models import off
+from helpers.gemma_models import gemma3, gemma3_modules, gemma4, gemma4_modules, gemma4_moe, off
 from jax_gemma_arf.integrations import gemma as integration
 
 VERSION = importlib.metadata.version("gemma")
@@ -24,26 +20,26 @@ VERSION = importlib.metadata.version("gemma")
 # Digests of the code in gemma 4.0.1 and, where it differs, 4.1.0.
 RESTATED = {
     "_run_blocks": {
-        _transformer.Transformer._apply_attention: ["9ed41fef"],
-        _modules.Block.__call__: ["ac279f20"],
-        gemma4_transformer.Transformer._apply_attention: ["ed575122", "4bcb2909"],
+        gemma3.Transformer._apply_attention: ["9ed41fef"],
+        gemma3_modules.Block.__call__: ["ac279f20"],
+        gemma4.Transformer._apply_attention: ["ed575122", "4bcb2909"],
         gemma4_modules.Block.__call__: ["820dc1c6", "1ef27780"],
     },
     "_dense_half": {gemma4_modules.Block._forward_dense: ["fc06518d"]},
     "_moe_half": {
         gemma4_modules.Block._forward_moe: ["2e4f86c3", "66b9706a"],
-        _moe.MoERagged.__call__: ["f214e851", "5de011c7"],
+        gemma4_moe.MoERagged.__call__: ["f214e851", "5de011c7"],
     },
-    "run_experts": {_moe.MoERagged._run_ffw_and_routing: ["09e5ac1d"]},
+    "run_experts": {gemma4_moe.MoERagged._run_ffw_and_routing: ["09e5ac1d"]},
     "_vocabulary_parallel": {
-        _modules.Embedder.encode: ["32e9a409"],
-        _modules.Embedder.decode: ["dfc0ce6c"],
+        gemma3_modules.Embedder.encode: ["32e9a409"],
+        gemma3_modules.Embedder.decode: ["dfc0ce6c"],
         gemma4_modules.Embedder.encode: ["32e9a409"],
         gemma4_modules.Embedder.decode: ["dfc0ce6c"],
     },
     "_per_layer_input": {gemma4_modules.Embedder.encode_per_layer_input: ["b3f9609c"]},
     "decode_attention": {
-        _modules.Attention.__call__: ["ce183c6d"],
+        gemma3_modules.Attention.__call__: ["ce183c6d"],
         gemma4_modules.Attention.__call__: ["c7217019", "c19791ab"],
     },
 }
@@ -80,7 +76,7 @@ def test_untested_version():
 def test_router_of_the_stream(mesh, monkeypatch):
     """gemma 4.1.0 routes by the residual stream where 4.0.1 routes by its norm."""
 
-    class MoERagged(_moe.MoERagged):
+    class MoERagged(gemma4_moe.MoERagged):
         def __call__(self, x, unnormalized_x=None):
             router_input = self.router_norm(x if unnormalized_x is None else unnormalized_x)
             router_input *= jax.lax.rsqrt(np.float32(self.features)) * self.router_scale
@@ -102,11 +98,11 @@ def test_router_of_the_stream(mesh, monkeypatch):
         return gemma_models.prefill(model, params)["logits"]
 
     by_norm = logits(official, host)
-    monkeypatch.setattr(_moe, "MoERagged", MoERagged)
+    monkeypatch.setattr(gemma4_moe, "MoERagged", MoERagged)
     monkeypatch.setattr(gemma4_modules, "Block", Block)
     expected = logits(official, host)
     model = integration.tensor_parallel(official, mesh)
     params = jax.device_put(host, integration.param_shardings(model, host))
     assert off(logits(model, params), expected) < 2e-5
-    if "unnormalized_x" not in inspect.signature(_moe.MoE.__call__).parameters:
+    if "unnormalized_x" not in inspect.signature(gemma4_moe.MoE.__call__).parameters:
         assert off(by_norm, expected) > 1e-3

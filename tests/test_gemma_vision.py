@@ -2,21 +2,19 @@
 
 import jax
 import numpy as np
-from gemma.gm.nn.gemma4.vision import _encoder as gemma4_vision
-from gemma.gm.nn.vision import _vision, _vision_utils
 
 from helpers import gemma_models
 from helpers import gemma_sizes as sizes
-from helpers.gemma_models import off
+from helpers.gemma_models import gemma3_vision, gemma3_vision_utils, gemma4_vision, off
 from helpers.runners import make_mesh
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 IMAGE_TOKEN, VOCAB = 255_999, 262_148
-SIGLIP = _vision.SigLiPFromPatches(
-    siglip_encoder=_vision_utils.ViTModel(
+SIGLIP = gemma3_vision.SigLiPFromPatches(
+    siglip_encoder=gemma3_vision_utils.ViTModel(
         patch_size=(14, 14), width=32, depth=2, mlp_dim=48, num_heads=4
     ),
-    siglip_exit=_vision.VisionExit(output_length=4),
+    siglip_exit=gemma3_vision.VisionExit(output_length=4),
     num_mm_tokens_per_image_prepool=16,
     num_mm_tokens_per_image=4,
     image_height=56,

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gemma import gm, peft
 from jax.sharding import PartitionSpec as P
 
 from helpers import gemma_models
 from helpers import gemma_sizes as sizes
-from helpers.gemma_models import off
+from helpers.gemma_models import gm, off, peft
 from helpers.runners import make_mesh
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 

@@ -14,11 +14,10 @@ from helpers import gemma_sizes as sizes
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # from what the package imports
     pytest.importorskip("gemma", reason="needs google-deepmind/gemma: pip install '.[gemma]'")
-    from gemma.gm import ckpts, text  # noqa: F401 (for other tests)
+    # Tests import all of these from here, behind the skip.
     from gemma.gm.nn import _config as gemma3_config
     from gemma.gm.nn import _modules as gemma3_modules
     from gemma.gm.nn import _transformer as gemma3
-    from gemma.gm.nn.gemma3n import _gemma3n as gemma3n  # noqa: F401 (for test_gemma.py)
     from gemma.gm.nn.gemma4 import _config as gemma4_config
     from gemma.gm.nn.gemma4 import _modules as gemma4_modules
     from gemma.gm.nn.gemma4 import _transformer as gemma4
