@@ -14,13 +14,21 @@ from helpers import gemma_sizes as sizes
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # from what the package imports
     pytest.importorskip("gemma", reason="needs google-deepmind/gemma: pip install '.[gemma]'")
-    # Tests import all of these from here, behind the skip.
+    # Tests import these from here, behind the skip.
+    from gemma import gm, peft
+    from gemma.gm import ckpts, text
     from gemma.gm.nn import _config as gemma3_config
     from gemma.gm.nn import _modules as gemma3_modules
     from gemma.gm.nn import _transformer as gemma3
+    from gemma.gm.nn.gemma3n import _gemma3n as gemma3n
     from gemma.gm.nn.gemma4 import _config as gemma4_config
     from gemma.gm.nn.gemma4 import _modules as gemma4_modules
+    from gemma.gm.nn.gemma4 import _moe as gemma4_moe
     from gemma.gm.nn.gemma4 import _transformer as gemma4
+    from gemma.gm.nn.gemma4.vision import _encoder as gemma4_vision
+    from gemma.gm.nn.vision import _vision as gemma3_vision
+    from gemma.gm.nn.vision import _vision_utils as gemma3_vision_utils
+    from kauldron import kd
 
 
 def config(variant: str, layers: int | None = None):
