@@ -391,7 +391,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times a Gemma of google-tunix.")
-    common.add_arguments(parser, child_seconds=170)
+    common.add_arguments(parser, child_seconds=240)
     parser.set_defaults(repeats=7)
     positive = common.positive_integer
     parser.add_argument("--model", choices=MODELS, default="Gemma3_4B")

@@ -75,7 +75,7 @@ run_model() {  # each model in a process of its own, which loses its later rows 
   model 480 --models Gemma4_E2B Gemma4_E4B Gemma3_4B --child-seconds 150
   model 330 --models Gemma4_26B_A4B Gemma4_31B --child-seconds 150
 }
-run_tunix() { step 200 python3 bench/tunix_gemma.py; }
+run_tunix() { step 270 python3 bench/tunix_gemma.py; }
 run_speed() { run_op; run_ops; run_block; run_model; step 120 python3 examples/demo.py; }
 run_quick() {
   step 90 python3 bench/op.py --quick
