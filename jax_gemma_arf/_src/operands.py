@@ -168,10 +168,12 @@ def check_axis(axis_name: AxisName) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
     manual = [name for name, kind in kinds.items() if kind == AxisType.Manual]
-    try:
-        names = axis_names(axis_name, mesh)
-    except ValueError as error:
-        raise ValueError(f"{error}; call inside jax.shard_map over that axis") from None
+    if not manual:
+        raise ValueError(
+            f"must be called inside jax.shard_map over axis_name, got {axis_name!r} where no axis "
+            "is manual"
+        )
+    names = axis_names(axis_name, mesh)
     if not set(names) <= set(manual):
         raise ValueError(
             f"axis_name must name manual axes, which are {manual} here, got {axis_name!r}; call "
