@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import block
 import common
@@ -348,6 +349,7 @@ def test_oracle_chain_is_the_chain(cpus):
         colds = [op.pick(stacked, k) for k in range(config.colds)]
         (psum,) = bench.contenders(config)
         out = bench.program(psum.body)(state, colds)
+        assert psum.oracle is not None
         want = psum.oracle(state, stacked)
         error, within = op.compare(out, want)
         assert within
@@ -394,7 +396,7 @@ def test_best_flag_set_counts_and_wrong_results_do_not():
     assert "RuntimeError: no link" in text
 
 
-def model_record():
+def model_record() -> dict[str, Any]:
     """A record of one model on two GPUs, with a wrong row and a profile."""
     line = {"model": "Gemma4_26B_A4B", "flag_set": "A", "matches": True, "relative_error": 0.04}
     floors = {"floor_us": 640.0, "floor_all_experts_us": 840.0, "ranks": 2}

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib.version
@@ -103,8 +104,12 @@ def what_runs(path: str) -> None:
     """Stands in for the CUDA plugin, which takes what was registered before it was loaded."""
     program = jax.export.deserialize(bytearray(Path(path).read_bytes())).mlir_module()
     registered = []
-    xla_client.register_custom_call_handler("CUDA", lambda name, *_: registered.append(name))
-    xla_client.register_custom_type_handler("CUDA", lambda name, *_: registered.append(name))
+
+    def register(name, *_: Any, **__: Any) -> None:
+        registered.append(name)
+
+    xla_client.register_custom_call_handler("CUDA", register)
+    xla_client.register_custom_type_handler("CUDA", register)
     ours = [name for name in sorted(registered) if name.startswith("jax_gemma_arf")]
     print(re.findall(r"custom_call @(jax_gemma_arf\.\w+)", program), ours)
 
