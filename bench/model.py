@@ -269,10 +269,7 @@ class Bench:
         self.official = official(self.name, layers, small)
         self.flag_set = arguments.flag_set
 
-        auto = (jax.sharding.AxisType.Auto,)
-        mesh_of = functools.partial(jax.make_mesh, axis_names=("tp",), axis_types=auto)
-        mesh = mesh_of((len(devices),), devices=devices)
-        alone = mesh_of((1,), devices=devices[:1])
+        mesh, alone = common.tp_mesh(devices), common.tp_mesh(devices[:1])
         self.psum = gemma.tensor_parallel(self.official, mesh, implementation="xla")
         self.shardings = gemma.param_shardings(self.psum)
         over_mesh = {OFFICIAL_PARTITIONED: self.official, "psum": self.psum}
@@ -469,7 +466,8 @@ class Bench:
                 if phase == "sampler":
                     row["matches"] = int(out) == self.steps
                 else:
-                    row["relative_error"] = relative_error(out, want)
+                    # Of the worst sequence. out: [B, V]; want: [1, V].
+                    row["relative_error"] = common.relative_error(out, want, axis=-1)
                     row["matches"] = row["relative_error"] <= BOUND
                 steps = 1 if phase == "prefill" else self.steps
                 row["step_us"] = clock.microseconds(run, steps)
@@ -563,17 +561,6 @@ def copies(cache: Cache, batch: int) -> Cache:
     shardings = jax.tree.map(lambda a: a.sharding, cache)
     repeat = functools.partial(jnp.repeat, repeats=batch, axis=0)
     return jax.jit(lambda c: jax.tree.map(repeat, c), out_shardings=shardings)(cache)
-
-
-@jax.jit
-def _relative_error(out: jax.Array, want: jax.Array) -> jax.Array:
-    out, want = out.astype(jnp.float32), want.astype(jnp.float32)
-    return jnp.max(jnp.linalg.norm(out - want, axis=-1)) / jnp.linalg.norm(want)
-
-
-def relative_error(out: jax.Array, want: jax.Array) -> float:
-    """||out - want|| / ||want|| of the worst sequence. out: [B, V]; want: [1, V]."""
-    return float(_relative_error(out, want))
 
 
 def work(arguments: argparse.Namespace) -> None:

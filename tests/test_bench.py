@@ -243,7 +243,7 @@ def test_every_block_lowers_for_gpus(mode, monkeypatch, cpus):
         assert text.count("stablehlo.all_reduce") == 4 * (name == "psum"), name
         if name in ("sum", "psum"):
             want = bench.reference(sizes)(h, layers)
-            assert block.relative_error(program(h, layers), want) < block.BOUND / 2
+            assert common.relative_error(program(h, layers), want) < block.BOUND / 2
 
 
 @pytest.fixture

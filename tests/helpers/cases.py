@@ -235,13 +235,17 @@ def rank_sum(x: np.ndarray) -> np.ndarray:
     return total.astype(x.dtype)
 
 
+def rmsnorm(row: np.ndarray, scale: np.ndarray | float, eps: float = 1e-6) -> np.ndarray:
+    """The formula, in the dtype of its operands."""
+    return row / np.sqrt((row * row).mean(-1, keepdims=True) + eps) * scale
+
+
 # A norm takes a case, rows and their norm_scale, and returns the scaled rows, wide.
 
 
 def norm_float64(case: Case, row: np.ndarray, norm_scale: np.ndarray) -> np.ndarray:
-    row = row.astype(np.float64)
-    inverse_rms = 1 / np.sqrt((row * row).mean(-1, keepdims=True) + case.eps)
-    return row * inverse_rms * (case.scale_offset + norm_scale.astype(np.float64))
+    scale = case.scale_offset + norm_scale.astype(np.float64)
+    return rmsnorm(row.astype(np.float64), scale, case.eps)
 
 
 def norm_flax(case: Case, row: np.ndarray, norm_scale: np.ndarray) -> np.ndarray:
