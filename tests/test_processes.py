@@ -77,7 +77,7 @@ def check_over_mesh(mesh, cases, implementation, *, exact_sum: bool) -> None:
 
 
 def facts_of(count: int) -> Any:
-    """What the processes know of each other, once jga.initialize() has run."""
+    """Returns the facts of every process, after jga.initialize()."""
     known = processes.known(count)
     assert known is not None
     return known
