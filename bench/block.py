@@ -8,8 +8,9 @@ GPUs, with enough layers for the weights to stream from memory. Attention itself
 Microseconds a layer (wall time, median and half the interquartile range), beside two floors: the
 same block with its tails and norms left out, and the time to read its weights once at the copy
 bandwidth measured here. The psum tail runs under each of common.FLAG_SETS. Every implementation is
-compared with the unsharded block. On one GPU all ranks share it (loopback), with their projections
-as batched products; on a CPU only psum runs, with cut-down sizes.
+compared with the unsharded block. A profile on a mesh of GPUs shows the gap in front of each fused
+tail. On one GPU all ranks share it (loopback), with their projections as batched products; on a CPU
+only psum runs, with cut-down sizes.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import common
 import jax
 import jax.numpy as jnp
 import report
+import xplane
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
@@ -282,6 +284,8 @@ def work(arguments: argparse.Namespace) -> None:
     for row, call in bench.cases(arguments.models, arguments.tokens, bench.implementations()):
         if "error" not in row:
             row["layer_us"] = bench.clock.microseconds(call, bench.layers)
+            if row["implementation"].startswith("fused") and bench.mode == "mesh":
+                row["gap_us"] = xplane.gap_microseconds(call, "fused tail")
         common.emit(row)
 
 

@@ -12,8 +12,8 @@ Phases: "prefill" puts one prompt into the cache. "decode" feeds the last tokens
 more, one by one, in a loop inside one jit, at several batch sizes. "sampler" is the loop of the
 package's own samplers (gm.text.Sampler and Gemma4Sampler share it), greedy, at the smallest batch.
 
-A row has microseconds a step (wall time) and the floor; that of a decode on GPUs also has the
-number of kernels a step and where the time goes, from a profile. Every prefill and decode is
+A row has microseconds a step (wall time) and the floor. A decode on GPUs also has the number of
+kernels a step and where the time goes, from a profile. Every prefill and decode is
 compared with the logits of the official model. On a CPU, where times mean nothing, a cut-down model
 tries the script out without "fused".
 """
@@ -26,9 +26,7 @@ import importlib.util
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
@@ -113,7 +111,7 @@ def decode(
 ) -> tuple[jax.Array, Cache]:
     """Decodes the last `steps` tokens of a prompt that is in the cache, one by one.
 
-    logits: what those of one sequence look like, which another trace would tell as well.
+    logits: shape and dtype of the logits of one sequence, which another trace would tell as well.
     """
     batch, length = tokens.shape
 
@@ -533,12 +531,9 @@ def profiled(run: Run, steps: int) -> dict[str, Any]:
     The shares add up to 1, the time from the first kernel to the last on one device. Returns {} if
     the trace has no GPU.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        xplane.record(run, Path(folder))
-        try:
-            trace = xplane.load(Path(folder))
-        except (FileNotFoundError, ValueError):
-            return {}
+    trace = xplane.traced(run)
+    if not trace:
+        return {}
     device = min(trace)
     times = xplane.attribute(trace)[device]
     total = sum(times.values())

@@ -107,7 +107,7 @@ def faster(base: Timing | None, other: Timing | None) -> str:
 def second_norm(rows: Sequence[dict[str, Any]]) -> Spread | None:
     """Cost of a next norm in a call, in microseconds, from the rows of one line.
 
-    Sample by sample, since those of fused_post_ff and fused_sandwich were taken in turn.
+    Sample by sample, since fused_post_ff and fused_sandwich were timed in turn.
     """
     samples = {
         row["implementation"]: row["wall_us"]
@@ -201,11 +201,13 @@ def block_markdown(record: Record) -> str:
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
         base = "sum" if "sum" in names else "psum"
         fused = [name for name in names if name.startswith("fused")]
+        gaps = dict.fromkeys(row["implementation"] for row in rows if row.get("gap_us") is not None)
         cells = [
             [
                 str(tokens),
                 *(_wall(line.get(name), base == name == "psum") for name in names),
                 *(faster(line.get(base), line.get(name)) for name in fused),
+                *(_gap(rows, tokens, name) for name in gaps),
             ]
             for tokens, line in lines.items()
         ]
@@ -213,9 +215,25 @@ def block_markdown(record: Record) -> str:
         parts.append(
             f"### {model}\n\nWall time, us a layer; its weights alone need "
             f"{facts['weights_us'][model]:.1f}.\n\n"
-            + common.table(["tokens", *titles, *(f"{base} / {name}" for name in fused)], cells)
+            + common.table(
+                [
+                    "tokens",
+                    *titles,
+                    *(f"{base} / {name}" for name in fused),
+                    *(f"gap, {name}" for name in gaps),
+                ],
+                cells,
+            )
         )
     return "\n\n".join([*parts, *_troubles(record)])
+
+
+def _gap(rows: Sequence[dict[str, Any]], tokens: int, name: str) -> str:
+    """The gap in front of a tail, in a profile."""
+    for row in rows:
+        if row["tokens"] == tokens and row["implementation"] == name and row.get("gap_us"):
+            return f"{row['gap_us']:.2f}"
+    return "-"
 
 
 def model_markdown(record: Record) -> str:
@@ -248,8 +266,8 @@ def model_markdown(record: Record) -> str:
         errors = [row["relative_error"] for row in rows if "relative_error" in row]
         off = f"; logits differ by {max(errors):.1%} at most" if errors else ""
         parts.append(
-            f"### {model}\n\n{_size_of(facts.get(model))}Wall time; the floor is that of each GPU "
-            f"of the mesh{off}.\n\n" + common.table([*header, f"{ours}, tokens/s"], cells)
+            f"### {model}\n\n{_size_of(facts.get(model))}Wall time; the floor of each GPU of "
+            f"the mesh{off}.\n\n" + common.table([*header, f"{ours}, tokens/s"], cells)
         )
         if profiles := [row for row in rows if "shares" in row]:
             parts.append("Profiles of the decodes, on one GPU.\n\n" + _shares(profiles))

@@ -105,19 +105,49 @@ def busy(kernels: Sequence[Kernel]) -> float:
     return total
 
 
+def gap(kernels: Sequence[Kernel], kind: str) -> float | None:
+    """Mean nanoseconds between a kernel of that class and the kernels in front of it.
+
+    A programmatic launch may start before the kernel in front has ended; such a gap is 0. None
+    without kernels of that class.
+    """
+    gaps, until = [], kernels[0].end
+    for kernel in kernels[1:]:
+        if classify(kernel.name) == kind:
+            gaps.append(max(0.0, kernel.start - until))
+        until = max(until, kernel.end)
+    return sum(gaps) / len(gaps) if gaps else None
+
+
+def gap_microseconds(call: Callable[[], Any], kind: str) -> float | None:
+    """Mean gap in front of the kernels of a class in a call, on the device where it is smallest.
+
+    Devices wait for each other in their kernels, not between them. None if the trace has no GPU or
+    no such kernel.
+    """
+    trace = traced(call)
+    gaps = [gap(kernels, kind) for kernels in trace.values()]
+    return min((found / 1e3 for found in gaps if found is not None), default=None)
+
+
+def traced(call: Callable[[], Any]) -> Trace:
+    """The kernels of one call; none where there is no GPU."""
+    with tempfile.TemporaryDirectory() as directory:
+        record(call, Path(directory))
+        try:
+            return load(Path(directory))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+
 def kernel_microseconds(call: Callable[[], Any], parts: int) -> float | None:
     """Busy time of one of the `parts` equal parts of a call, on the device that is busy least.
 
     A kernel that waits for a peer is busy, so the device with the least shows the work. None if the
     trace has no GPU.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        record(call, Path(directory))
-        try:
-            trace = load(Path(directory))
-        except (FileNotFoundError, ValueError):
-            return None
-    return min(busy(kernels) for kernels in trace.values()) / parts / 1e3
+    busy_times = [busy(kernels) for kernels in traced(call).values()]
+    return min(busy_times) / parts / 1e3 if busy_times else None
 
 
 def classify(name: str) -> str:
@@ -131,7 +161,7 @@ def classify(name: str) -> str:
 def attribute(trace: Trace) -> dict[str, dict[str, float]]:
     """Microseconds by class for each device, and "idle gap": nothing ran between first and last.
 
-    Where kernels of two classes overlap, the time is that of the one that started first, so that
+    Where kernels of two classes overlap, the time goes to the kernel that started first, so that
     the classes add up to the time from first to last.
     """
     devices = {}

@@ -1,4 +1,4 @@
-// The slot protocol of ffi/exchange.cuh in one file: an all-reduce between two ranks and an RMSNorm
+// The slot protocol of ffi/slots.cuh in one file: an all-reduce between two ranks and an RMSNorm
 // of the sum, in one kernel, without flags, fences or barriers between the ranks. Both ranks are
 // streams of one GPU here; on two GPUs only the addresses of the peer's slots would differ.
 //

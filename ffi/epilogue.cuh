@@ -13,8 +13,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "exchange.cuh"
 #include "kernels.h"
+#include "slots.cuh"
 
 namespace jax_gemma_arf {
 
@@ -141,7 +141,7 @@ __device__ __forceinline__ float WidenScalar(uint32_t raw, Dtype dtype) {
 
 // Sums over the threads that hold one row: one block, or a cluster of blocks.
 //
-// The order of the additions depends on hidden and the dtype alone, so a row's result does not
+// The order of the additions depends on width and the dtype alone, so a row's result does not
 // depend on how many rows share the launch, on its place among them, or on the algorithm. The
 // partial sums are double buffered: one barrier a sum is enough, since a buffer is written again
 // only after the barrier of the sum in between.
@@ -241,7 +241,7 @@ class Epilogue {
     if (tail.layer_scalar.data != nullptr) raw_scalar_ = LoadRawScalar(tail.layer_scalar);
   }
 
-  // Waits for it. Before the first Hidden or NextNorms.
+  // Waits for it. Before the first Finish or NextNorms.
   __device__ __forceinline__ void Await() {
     if (tail_.layer_scalar.data != nullptr) {
       layer_scalar_ = WidenScalar(raw_scalar_, tail_.layer_scalar.dtype);
@@ -250,14 +250,14 @@ class Epilogue {
   }
 
   // Starts to read the residual at `index`, the thread's first element of its row in
-  // [tokens, hidden].
+  // [tokens, width].
   __device__ __forceinline__ void Prefetch(int64_t index) {
     if (tail_.residual.data != nullptr) residual_ = LoadRaw<kCount>(tail_.residual, index);
   }
 
-  // From the reduced rows to hidden, in float32. Uses what Prefetch has read.
-  __device__ __forceinline__ void Hidden(const Words<4> (&reduced)[kBranches],
-                                         float (&hidden)[kCount]) {
+  // From the reduced rows to out, in float32. Uses what Prefetch has read.
+  __device__ __forceinline__ void Finish(const Words<4> (&reduced)[kBranches],
+                                         float (&out)[kCount]) {
     float rows[kBranches][kCount], inverse_rms[kBranches];
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) Widen<T>(reduced[b], rows[b]);
@@ -273,19 +273,19 @@ class Epilogue {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) rows[0][i] = sum[0][i];
     }
-    VisitDtype(tail_.residual.dtype, [&](auto zero) { Widen<decltype(zero)>(residual_, hidden); });
+    VisitDtype(tail_.residual.dtype, [&](auto zero) { Widen<decltype(zero)>(residual_, out); });
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      hidden[i] = fmaf(rows[0][i], inverse_rms[0], hidden[i]) * layer_scalar_;
+      out[i] = fmaf(rows[0][i], inverse_rms[0], out[i]) * layer_scalar_;
     }
   }
 
   // The norms that the next layers start with, of the row as it was rounded: what they would read.
-  __device__ __forceinline__ void NextNorms(const float (&hidden)[kCount], int64_t index) {
+  __device__ __forceinline__ void NextNorms(const float (&out)[kCount], int64_t index) {
     if (tail_.next_norms == 0) return;
     float normed[1][kCount], inverse_rms[1];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) normed[0][i] = hidden[i];
+    for (int i = 0; i < kCount; ++i) normed[0][i] = out[i];
     Norm(normed, kOwnScales, inverse_rms);
     for (int n = 0;;) {
 #pragma unroll
@@ -293,7 +293,7 @@ class Epilogue {
       Write(tail_.normed[n], tail_.out_dtype, index, normed[0]);
       if (++n == tail_.next_norms) break;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) normed[0][i] = hidden[i];
+      for (int i = 0; i < kCount; ++i) normed[0][i] = out[i];
       Scale(normed[0], kOwnScales + n);
     }
   }
@@ -318,7 +318,7 @@ class Epilogue {
     row_sum_(inverse_rms);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      inverse_rms[r] = rsqrtf(fmaf(inverse_rms[r], tail_.inverse_hidden, tail_.eps));
+      inverse_rms[r] = rsqrtf(fmaf(inverse_rms[r], tail_.inverse_width, tail_.eps));
     }
   }
 

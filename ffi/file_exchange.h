@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "workspace.h"
+#include "agreement.h"
 
 namespace jax_gemma_arf {
 

@@ -2,12 +2,11 @@
 #include "kernels.h"
 
 #include <algorithm>
-#include <initializer_list>
-#include <type_traits>
 
+#include "dispatch.h"
 #include "epilogue.cuh"
-#include "exchange.cuh"
 #include "launch_shape.h"
+#include "slots.cuh"
 
 // The kernels as nvcc embeds them in this object file: code for every architecture. nvcc declares
 // the same symbol behind this file; it is a local label of the assembler.
@@ -25,16 +24,16 @@ struct FatbinHeader {
 };
 constexpr uint32_t kFatbinMagic = 0xba55ed50u;
 
-// What one thread holds of the rows that its block (or cluster of blocks) works on.
+// One thread's slice of a row, and the rows that its block (or cluster of blocks) works on.
 template <typename T>
-struct Lane {
+struct Slice {
   int column;   // its first element of a row
   int vector;   // its place among the 16-byte vectors of a row
   int vectors;  // of a row
-  int first;    // row (one-shot) or group of rows (two-shot) to begin with
+  int first;    // row (one-shot) or stripe (two-shot) to begin with
   int step;     // and from one to the next
 
-  __device__ __forceinline__ Lane() {
+  __device__ __forceinline__ Slice() {
     auto cluster = cooperative_groups::this_cluster();
     vector = cluster.block_rank() * blockDim.x + threadIdx.x;
     vectors = cluster.num_blocks() * blockDim.x;
@@ -46,8 +45,8 @@ struct Lane {
 
 // This thread's 16 bytes of a row of partial sums.
 template <typename T>
-__device__ __forceinline__ const char* XOf(const void* x, int64_t row, const Lane<T>& lane) {
-  return static_cast<const char*>(x) + (row * lane.vectors + lane.vector) * kVectorBytes;
+__device__ __forceinline__ const char* XOf(const void* x, int64_t row, const Slice<T>& slice) {
+  return static_cast<const char*>(x) + (row * slice.vectors + slice.vector) * kVectorBytes;
 }
 
 // The counter of a workspace's calls, which SlotMap makes this call's number of. A call adds
@@ -115,23 +114,23 @@ template <typename T, int kRanks, int kBranches>
 __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ Words<4> shared[];
-  const Lane<T> lane;
+  const Slice<T> slice;
   AwaitPredecessors();
   Words<4> own[kBranches];
 #pragma unroll
-  for (int b = 0; b < kBranches; ++b) own[b] = LoadRelaxed<4>(XOf(launch.x[b], lane.first, lane));
+  for (int b = 0; b < kBranches; ++b) own[b] = LoadRelaxed<4>(XOf(launch.x[b], slice.first, slice));
   const SlotMap<Algorithm::kOneShot, kRanks> map(launch.peers.capacity,
                                                  ReadCounter(launch.peers.control));
   const auto slot = [&](int owner, int source, int branch, int token) {
     const int64_t row = int64_t{branch} * launch.tokens + token;
-    return launch.peers.slots[owner] + map.generation + source * map.source +
-           (row * lane.vectors + lane.vector) * kVectorBytes;
+    return launch.peers.slots[owner] + map.generation + source * map.source_bytes +
+           (row * slice.vectors + slice.vector) * kVectorBytes;
   };
 
-  for (int token = lane.first; token < launch.tokens; token += lane.step) {
+  for (int token = slice.first; token < launch.tokens; token += slice.step) {
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
-      if (token != lane.first) own[b] = LoadRelaxed<4>(XOf(launch.x[b], token, lane));
+      if (token != slice.first) own[b] = LoadRelaxed<4>(XOf(launch.x[b], token, slice));
 #pragma unroll 1
       for (int r = 0; r < kRanks; ++r) {
         if (r != launch.rank) Push(slot(r, launch.rank, b, token), own[b]);
@@ -139,107 +138,108 @@ __global__ void FusedTailOneShot(const __grid_constant__ Launch launch) {
     }
   }
   // What the epilogue reads comes while the partial sums travel.
-  Epilogue<T, kBranches> epilogue(launch.tail, lane.column, shared);
-  epilogue.Prefetch(int64_t{lane.first} * launch.hidden + lane.column);
+  Epilogue<T, kBranches> epilogue(launch.tail, slice.column, shared);
+  epilogue.Prefetch(int64_t{slice.first} * launch.width + slice.column);
   epilogue.Await();
   CountBlock(launch.peers.control);
-  for (int token = lane.first; token < launch.tokens; token += lane.step) {
-    const int64_t index = int64_t{token} * launch.hidden + lane.column;
-    if (token != lane.first) epilogue.Prefetch(index);
+  for (int token = slice.first; token < launch.tokens; token += slice.step) {
+    const int64_t index = int64_t{token} * launch.width + slice.column;
+    if (token != slice.first) epilogue.Prefetch(index);
     Words<4> rows[kBranches];
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
       rows[b] = Reduce<T, kRanks, kBranches == 1 ? std::min(kRanks, 4) : 2>(
-          launch, slot(launch.rank, 0, b, token), map.source, XOf(launch.x[b], token, lane));
+          launch, slot(launch.rank, 0, b, token), map.source_bytes, XOf(launch.x[b], token, slice));
     }
-    float hidden[kCount];
-    epilogue.Hidden(rows, hidden);
-    Write(launch.tail.hidden, launch.tail.out_dtype, index, hidden);
-    epilogue.NextNorms(hidden, index);
+    float out[kCount];
+    epilogue.Finish(rows, out);
+    Write(launch.tail.out, launch.tail.out_dtype, index, out);
+    epilogue.NextNorms(out, index);
   }
 }
 
-// Row g * kRanks + r of group g is rank r's. A block sends the partial sums of one group, computes
-// its own row of the group before and collects the other rows of the one before that, so that
-// something is always on the wire.
+// Rows go in stripes: row s * kRanks + r, of stripe s, is rank r's. A block sends the partial sums
+// of one stripe, computes its own row of the stripe before and collects the other rows of the
+// stripe before that, so that something is always on the wire.
 template <typename T, int kRanks, int kBranches>
 __global__ void FusedTailTwoShot(const __grid_constant__ Launch launch) {
   constexpr int kCount = kVectorBytes / sizeof(T);
   extern __shared__ Words<4> shared[];
-  const Lane<T> lane;
+  const Slice<T> slice;
   AwaitPredecessors();
   const uint32_t counter = ReadCounter(launch.peers.control);
-  Epilogue<T, kBranches> epilogue(launch.tail, lane.column, shared);
+  Epilogue<T, kBranches> epilogue(launch.tail, slice.column, shared);
   const SlotMap<Algorithm::kTwoShot, kRanks> map(launch.peers.capacity, counter);
-  const int groups = (launch.tokens + kRanks - 1) / kRanks;
-  const auto share_slot = [&](int owner, int source, int branch, int group) {
-    const int64_t row = int64_t{branch} * groups + group;
-    return launch.peers.slots[owner] + map.generation + source * map.source +
-           (row * lane.vectors + lane.vector) * kVectorBytes;
+  const int stripes = (launch.tokens + kRanks - 1) / kRanks;
+  const auto share_slot = [&](int owner, int source, int branch, int stripe) {
+    const int64_t row = int64_t{branch} * stripes + stripe;
+    return launch.peers.slots[owner] + map.generation + source * map.source_bytes +
+           (row * slice.vectors + slice.vector) * kVectorBytes;
   };
   const auto row_slot = [&](int receiver, int64_t index) {
     return launch.peers.slots[receiver] + map.rows + index * ItemSize(launch.tail.out_dtype);
   };
 
-  const auto send = [&](int group) {
+  const auto send = [&](int stripe) {
 #pragma unroll 1
     for (int r = 0; r < kRanks; ++r) {
-      const int token = group * kRanks + r;
+      const int token = stripe * kRanks + r;
       if (r == launch.rank || token >= launch.tokens) continue;
 #pragma unroll 1
       for (int b = 0; b < kBranches; ++b) {
-        Push(share_slot(r, launch.rank, b, group), LoadRelaxed<4>(XOf(launch.x[b], token, lane)));
+        Push(share_slot(r, launch.rank, b, stripe), LoadRelaxed<4>(XOf(launch.x[b], token, slice)));
       }
     }
   };
 
-  const auto compute = [&](int group) {
-    const int token = group * kRanks + launch.rank;
+  const auto compute = [&](int stripe) {
+    const int token = stripe * kRanks + launch.rank;
     if (token >= launch.tokens) return;
-    const int64_t index = int64_t{token} * launch.hidden + lane.column;
+    const int64_t index = int64_t{token} * launch.width + slice.column;
     epilogue.Prefetch(index);
     Words<4> rows[kBranches];
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
       rows[b] = Reduce<T, kRanks, kBranches == 1 ? std::min(kRanks, 4) : 1>(
-          launch, share_slot(launch.rank, 0, b, group), map.source, XOf(launch.x[b], token, lane));
+          launch, share_slot(launch.rank, 0, b, stripe), map.source_bytes,
+          XOf(launch.x[b], token, slice));
     }
-    float hidden[kCount];
-    epilogue.Hidden(rows, hidden);
-    Write(launch.tail.hidden, launch.tail.out_dtype, index, hidden, [&](const auto& words) {
+    float out[kCount];
+    epilogue.Finish(rows, out);
+    Write(launch.tail.out, launch.tail.out_dtype, index, out, [&](const auto& words) {
 #pragma unroll 1
       for (int r = 0; r < kRanks; ++r) {
         if (r != launch.rank) Push(row_slot(r, index), words);
       }
     });
-    epilogue.NextNorms(hidden, index);
+    epilogue.NextNorms(out, index);
   };
 
-  const auto collect = [&](int group) {
+  const auto collect = [&](int stripe) {
     for (int r = 0; r < kRanks; ++r) {
-      const int token = group * kRanks + r;
+      const int token = stripe * kRanks + r;
       if (r == launch.rank || token >= launch.tokens) continue;
-      const int64_t index = int64_t{token} * launch.hidden + lane.column;
-      float hidden[kCount];
+      const int64_t index = int64_t{token} * launch.width + slice.column;
+      float out[kCount];
       VisitDtype(launch.tail.out_dtype, [&](auto zero) {
         using S = decltype(zero);
         constexpr int kWords = kWordsOf<S, kCount>;
         char* const slot = row_slot(launch.rank, index);
         const auto row = Receive(slot, LoadRelaxed<kWords>(slot), launch, r);
-        *reinterpret_cast<Words<kWords>*>(static_cast<S*>(launch.tail.hidden) + index) = row;
-        Widen<S>(row, hidden);
+        *reinterpret_cast<Words<kWords>*>(static_cast<S*>(launch.tail.out) + index) = row;
+        Widen<S>(row, out);
       });
-      epilogue.NextNorms(hidden, index);
+      epilogue.NextNorms(out, index);
     }
   };
 
-  send(lane.first);
+  send(slice.first);
   epilogue.Await();
   CountBlock(launch.peers.control);
-  for (int group = lane.first; group < groups + lane.step; group += lane.step) {
-    const int sent = group + lane.step, collected = group - lane.step;
-    if (sent < groups) send(sent);
-    if (group < groups) compute(group);
+  for (int stripe = slice.first; stripe < stripes + slice.step; stripe += slice.step) {
+    const int sent = stripe + slice.step, collected = stripe - slice.step;
+    if (sent < stripes) send(sent);
+    if (stripe < stripes) compute(stripe);
     if (collected >= 0) collect(collected);
   }
 }
@@ -263,29 +263,18 @@ const void* KernelAs(Algorithm algorithm) {
 }  // namespace
 
 const void* KernelOf(const KernelKind& kind) {
-  const auto branches = [&](auto t, auto ranks) {
-    using T = decltype(t);
+  return Dispatch(kind, [&](auto zero, auto ranks) {
+    using T = decltype(zero);
     constexpr int kRanks = decltype(ranks)::value;
     return kind.branches == 1 ? KernelAs<T, kRanks, 1>(kind.algorithm)
                               : KernelAs<T, kRanks, 2>(kind.algorithm);
-  };
-  const auto ranks = [&](auto t) {
-    switch (kind.nranks) {
-      case 2: return branches(t, std::integral_constant<int, 2>{});
-      case 4: return branches(t, std::integral_constant<int, 4>{});
-      default: return branches(t, std::integral_constant<int, 8>{});
-    }
-  };
-  switch (kind.dtype) {
-    case Dtype::kBFloat16: return ranks(__nv_bfloat16{});
-    case Dtype::kFloat16: return ranks(__half{});
-    default: return ranks(float{});
-  }
+  });
 }
 
 const Implementation kImplementation = {"jax_gemma_arf.tail",
                                         "jax_gemma_arf.loopback_tail",
                                         "jax_gemma_arf.Call",
+                                        "jax_gemma_arf.LoopbackCall",
                                         /*programmatic=*/true,
                                         /*slots_by_item_size=*/false,
                                         kMaxBranches,

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "call_limits.h"
+
 namespace jax_gemma_arf {
 
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -25,29 +27,27 @@ constexpr const char* Name(Algorithm algorithm) {
 
 // A thread holds this much of a row of partial sums.
 inline constexpr int kVectorBytes = 16;
-inline constexpr int kMaxRanks = 8;
-inline constexpr int kMaxBranches = 2;
-inline constexpr int kMaxNextNorms = 3;
 
 // One class of kernel: everything that selects an instantiation.
 struct KernelKind {
   Algorithm algorithm;
   Dtype dtype;   // of the partial sums
-  int nranks;    // 2, 4 or 8
+  int nranks;    // one of kRankCounts
   int branches;  // partial sums per token: 1, or 2 (dense and experts)
 };
 
 // How many scales a tail has, without those of next norms: one for each branch if there are
-// several, and one for hidden.
+// several, and one for out.
 __host__ __device__ constexpr int OwnScales(int branches) {
   return branches == 1 ? 1 : 1 + branches;
 }
 
 // What an implementation is called, and what it can do.
 struct Implementation {
-  const char* mesh_target;  // names of the custom calls
+  const char* mesh_target;  // names of the custom calls, and of the FFI types of their states
   const char* loopback_target;
-  const char* call_type;    // name of the FFI type of a call's state
+  const char* mesh_call_type;
+  const char* loopback_call_type;
   bool programmatic;        // may be launched programmatically, and recorded into graphs
   bool slots_by_item_size;  // a workspace serves partial sums of one element size alone
   int max_branches;
@@ -62,23 +62,23 @@ struct Operand {
 
 // What becomes of a reduced row. With one branch:
 //
-//     hidden = (rmsnorm(row) * scale + residual) * layer_scalar
-//     normed[i] = rmsnorm(hidden) * next_scale[i]
+//     out = (rmsnorm(row) * scale + residual) * layer_scalar
+//     normed[i] = rmsnorm(out) * next_scale[i]
 //
 // With two, the sum of rmsnorm(row[i]) * branch_scale[i] takes the place of row. To every scale
 // scale_offset is added; no residual is 0, no layer_scalar is 1.
 struct Tail {
-  // [hidden] each: scale; with two branches then branch_scale; then next_scale.
+  // [width] each: scale; with two branches then branch_scale; then next_scale.
   Operand scales[OwnScales(kMaxBranches) + kMaxNextNorms];
-  Operand residual;      // [tokens, hidden], or data == nullptr
+  Operand residual;      // [tokens, width], or data == nullptr
   Operand layer_scalar;  // one element, or data == nullptr
   int next_norms;
   Dtype out_dtype;
-  void* hidden;                 // [tokens, hidden]
-  void* normed[kMaxNextNorms];  // [tokens, hidden] each
+  void* out;                    // [tokens, width]
+  void* normed[kMaxNextNorms];  // [tokens, width] each
   float eps;
   float scale_offset;
-  float inverse_hidden;  // 1 / hidden: no kernel should divide
+  float inverse_width;  // 1 / width: no kernel should divide
 };
 
 // Device memory of one rank that tells one call on a workspace from the next: see ReadCounter. The
@@ -87,7 +87,7 @@ struct Control {
   uint32_t counter;
 };
 inline constexpr uint32_t kCounted = 2048;
-inline constexpr int kMaxCtas = 1024;
+static_assert(kMaxCtas < kCounted);
 
 // One rank's view of a workspace (workspace.h).
 struct Peers {
@@ -101,11 +101,11 @@ struct Launch {
   KernelKind kind;
   int rank;
   int tokens;
-  int hidden;                   // a multiple of 64 from 256 to 16384
-  int max_ctas;                 // upper bound on thread blocks; at least 8
-  uint32_t call;                // names the call in a failure
+  int width;
+  int max_ctas;                 // upper bound on thread blocks; at least kMinCtas
+  uint32_t call_id;             // for a failure
   uint64_t timeout_ns;          // how long to wait for a peer; 0: no bound
-  const void* x[kMaxBranches];  // [tokens, hidden] partial sums of this rank
+  const void* x[kMaxBranches];  // [tokens, width] partial sums of this rank
   Tail tail;
   Peers peers;
 };
@@ -114,10 +114,10 @@ struct Launch {
 struct Failure {
   int rank;
   int source;  // the rank that did not come
-  uint32_t call;
+  uint32_t call_id;
 };
 __host__ __device__ constexpr uint64_t EncodeFailure(const Failure& failure) {
-  return uint64_t{1} << 63 | uint64_t{failure.call} << 16 |
+  return uint64_t{1} << 63 | uint64_t{failure.call_id} << 16 |
          static_cast<uint64_t>(failure.rank) << 8 | static_cast<uint64_t>(failure.source);
 }
 constexpr Failure DecodeFailure(uint64_t word) {

@@ -11,14 +11,14 @@ namespace {
 constexpr int kMaxThreads = 672;
 
 // A row is 16 bytes a thread: one block if it fits, else a cluster of 2, 4 or 8. The choice depends
-// on hidden and the dtype alone, and with it the order of the float32 row sum.
+// on width and the dtype alone, and with it the order of the float32 row sum.
 struct RowShape {
   int threads;
   int cluster;
 };
 
-RowShape ShapeOfRow(Dtype dtype, int hidden) {
-  const int threads = hidden * ItemSize(dtype) / kVectorBytes;
+RowShape ShapeOfRow(Dtype dtype, int width) {
+  const int threads = width * ItemSize(dtype) / kVectorBytes;
   int cluster = 1;
   while (threads / cluster > kMaxThreads) cluster *= 2;
   return {threads / cluster, cluster};
@@ -40,7 +40,7 @@ cudaLaunchAttribute ClusterAttribute(int cluster) {
 }
 
 Grid GridOf(const Launch& launch) {
-  const RowShape shape = ShapeOfRow(launch.kind.dtype, launch.hidden);
+  const RowShape shape = ShapeOfRow(launch.kind.dtype, launch.width);
   const bool one_shot = launch.kind.algorithm == Algorithm::kOneShot;
   const int units =
       one_shot ? launch.tokens : (launch.tokens + launch.kind.nranks - 1) / launch.kind.nranks;
@@ -52,7 +52,7 @@ cudaError_t Preload() {
   cudaError_t error = PreloadHelpers();
   for (const Algorithm algorithm : {Algorithm::kOneShot, Algorithm::kTwoShot}) {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
-      for (const int nranks : {2, 4, 8}) {
+      for (const int nranks : kRankCounts) {
         for (int branches = 1; branches <= kImplementation.max_branches; ++branches) {
           if (error != cudaSuccess) return error;
           const KernelKind kind{algorithm, dtype, nranks, branches};
@@ -66,8 +66,8 @@ cudaError_t Preload() {
   return error;
 }
 
-cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int next_norms, int* ctas) {
-  const RowShape shape = ShapeOfRow(kind.dtype, hidden);
+cudaError_t ResidentCtas(const KernelKind& kind, int width, int next_norms, int* ctas) {
+  const RowShape shape = ShapeOfRow(kind.dtype, width);
   const int shared = SharedBytes(kind, shape.threads, next_norms);
   if (shape.cluster > 1) {
     cudaLaunchAttribute cluster = ClusterAttribute(shape.cluster);

@@ -23,8 +23,8 @@ cudaLaunchAttribute ClusterAttribute(int cluster);
 // first launch, which can need a device on which a peer's kernel already waits (hazard 29).
 cudaError_t Preload();
 
-// How many blocks of this kernel, for rows of `hidden` elements and with `next_norms` next norms,
+// How many blocks of this kernel, for rows of `width` elements and with `next_norms` next norms,
 // the current device holds at once.
-cudaError_t ResidentCtas(const KernelKind& kind, int hidden, int next_norms, int* ctas);
+cudaError_t ResidentCtas(const KernelKind& kind, int width, int next_norms, int* ctas);
 
 }  // namespace jax_gemma_arf

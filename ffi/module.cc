@@ -10,7 +10,10 @@
 #include <utility>
 #include <vector>
 
+#include "call_limits.h"
 #include "handler.h"
+#include "launches.h"
+#include "registry.h"
 #include "watchdog.h"
 #include "workspace.h"
 
@@ -41,12 +44,28 @@ nb::dict Registrations() {
 }
 
 nb::dict TypeRegistrations() {
-  nb::dict call;
-  call["type_id"] = Capsule(CallTypeId());
-  call["type_info"] = Capsule(CallTypeInfo());
   nb::dict types;
-  types[kImplementation.call_type] = call;
+  for (const StateType& state : StateTypes()) {
+    nb::dict type;
+    type["type_id"] = Capsule(state.id);
+    type["type_info"] = Capsule(state.info);
+    types[state.name] = type;
+  }
   return types;
+}
+
+nb::dict Limits() {
+  nb::list axis_sizes;
+  for (const int count : kRankCounts) axis_sizes.append(count);
+  nb::dict limits;
+  limits["axis_sizes"] = nb::tuple(axis_sizes);
+  limits["width_multiple"] = kWidthMultiple;
+  limits["min_width"] = kMinWidth;
+  limits["max_width"] = kMaxWidth;
+  limits["max_next_norms"] = kMaxNextNorms;
+  limits["max_message_bytes"] = kMaxMessageBytes;
+  limits["max_one_shot_bytes"] = kMaxOneShotBytes;
+  return limits;
 }
 
 // [i][j]: whether device i reaches device j's memory over NVLink. PCIe peers have no native
@@ -137,8 +156,7 @@ NB_MODULE(JAX_GEMMA_ARF_MODULE, module) {
 #ifdef JAX_GEMMA_ARF_FLASHINFER_VERSION
   module.attr("flashinfer_version") = JAX_GEMMA_ARF_FLASHINFER_VERSION;
 #endif
-  module.attr("max_message_bytes") = kMaxMessageBytes;
-  module.attr("max_one_shot_bytes") = kMaxOneShotBytes;
+  module.def("limits", &Limits, "The limits of a call that the handlers check, by name.");
   module.def("registrations", &Registrations,
              "Custom call targets: {name: {stage: capsule}}, for jax.ffi.register_ffi_target.");
   module.def("type_registrations", &TypeRegistrations,

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "workspace.h"
+#include "agreement.h"
 
 namespace jax_gemma_arf {
 

@@ -28,7 +28,7 @@ class Watchdog {
     return *watchdog;
   }
 
-  uint32_t NameCall(const std::string& description) {
+  uint32_t NewCallId(const std::string& description) {
     const std::lock_guard<std::mutex> lock(mutex_);
     calls_.push_back(description);
     return static_cast<uint32_t>(calls_.size() - 1);
@@ -75,7 +75,7 @@ class Watchdog {
             "replica group, in call %u (%s) on %s. That rank ended, hangs, or runs another "
             "program. This GPU is stopped with a launch failure; restart the process. "
             "jax_gemma_arf.set_peer_timeout sets the bound.\n",
-            failure.rank, failure.source, failure.call, calls_[failure.call].c_str(),
+            failure.rank, failure.source, failure.call_id, calls_[failure.call_id].c_str(),
             owners_[i].c_str());
         std::fflush(stderr);
       }
@@ -95,7 +95,9 @@ void SetTimeout(double seconds) { timeout_ns = static_cast<uint64_t>(seconds * 1
 
 uint64_t TimeoutNanoseconds() { return timeout_ns; }
 
-uint32_t NameCall(const std::string& description) { return Watchdog::Get().NameCall(description); }
+uint32_t NewCallId(const std::string& description) {
+  return Watchdog::Get().NewCallId(description);
+}
 
 std::string NewFailureWord(const std::string& owner, uint64_t** word) {
   return Watchdog::Get().NewWord(owner, word);

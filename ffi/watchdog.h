@@ -14,8 +14,8 @@ namespace jax_gemma_arf {
 void SetTimeout(double seconds);
 uint64_t TimeoutNanoseconds();
 
-// A number by which a kernel can name a call.
-uint32_t NameCall(const std::string& description);
+// A new id, by which a kernel can report a call that was described so.
+uint32_t NewCallId(const std::string& description);
 
 // A word for the kernels of one rank to write to on the current device, as that device sees it;
 // `owner` describes the rank. Returns "" or what failed.

@@ -45,10 +45,11 @@ def fused_post_ff(
     the residual nearly cancel. The kernel's result for a token depends on neither the other tokens
     of the call nor their number.
 
-    Differentiable in reverse mode, and works under jit, scan, while_loop, remat and vmap, with
-    check_vma on or off. Under differentiation the kernel only reduces, and XLA computes the norm
-    and the rest, since the backward pass reads the reduced row. The backward pass does not repeat
-    the all-reduce; under jax.checkpoint, save ``jax_gemma_arf.SAVED_SUMS`` by name for that.
+    Differentiable in forward and reverse mode, any number of times; works under jit, scan,
+    while_loop, remat and vmap, with check_vma on or off. Under differentiation the kernel only
+    reduces, and XLA computes the norm and the rest, since a derivative reads the reduced row. The
+    backward pass does not repeat the all-reduce; under jax.checkpoint, save
+    ``jax_gemma_arf.SAVED_SUMS`` by name for that.
 
     Args:
       x: [..., D], bfloat16, float16 or float32: this rank's partial sums (varying, or unreduced,

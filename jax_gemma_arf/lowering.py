@@ -13,7 +13,7 @@ import numpy as np
 from jax import export
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from jax_gemma_arf import support
 from jax_gemma_arf.reference import Operands, reference_tail, tail
@@ -53,46 +53,42 @@ class Options:
     implementation: str | None  # "cuda", "flashinfer" or None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def fused_tail(options: Options, operands: Operands) -> tuple[jax.Array, ...]:
-    """Binds the primitive with a derivative. Returns hidden and the next norms."""
-    return _bind(options, operands)
-
-
-def _bind(options: Options, operands: Operands) -> tuple[jax.Array, ...]:
+    """Binds the primitive. Returns hidden and the next norms."""
     leaves, tree = jax.tree.flatten(operands)
     return tuple(tail_p.bind(*leaves, tree=tree, options=options))
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Types:
-    """The types of the partial sums, kept for the backward pass in place of the sums themselves."""
-
-    partial_sums: tuple[Any, ...]
-
-
-def _forward(options, operands):
-    # The backward pass needs the reduced rows. The kernel returns only what comes after them, so it
-    # reduces here, and XLA computes the rest. Saving the rows costs what the partial sums would.
-    sums = [_bind(options, Operands((x,), ()))[0] for x in operands.partial_sums]
-    sums = tuple(checkpoint_name(row, SAVED_SUMS) for row in sums)
-    types = _Types(tuple(map(jax.typeof, operands.partial_sums)))
-    reduced = operands._replace(partial_sums=sums)
-    return _tail(options, reduced), (reduced, types)
-
-
-def _backward(options, saved, cotangents):
-    reduced, types = saved
-    (gradients,) = jax.vjp(functools.partial(_tail, options), reduced)[1](cotangents)
-    # psum's own transpose, so that collectives and types are psum's, with check_vma on and off.
-    transpose = jax.linear_transpose(
-        lambda sums: jax.lax.psum(sums, options.axis_name), types.partial_sums
+def _jvp(leaves, tangents, *, tree, options):
+    """Returns the results and their tangents. JAX derives reverse mode from this rule."""
+    operands, dots = tree.unflatten(leaves), tree.unflatten(tangents)
+    # psum's own derivative and transpose, so that collectives and types are psum's, with check_vma
+    # on and off. Reverse mode runs only the transpose.
+    sum_dots = tuple(
+        dot if isinstance(dot, ad.Zero) else jax.lax.psum(dot, options.axis_name)
+        for dot in dots.partial_sums
     )
-    return (gradients._replace(partial_sums=transpose(gradients.partial_sums)[0]),)
+    if not operands.norm_scales:
+        return fused_tail(options, operands), sum_dots
+    # The derivative needs the reduced rows. The kernel returns only what comes after them, so it
+    # reduces here, and XLA computes the rest.
+    sums = [fused_tail(options, Operands((x,), ()))[0] for x in operands.partial_sums]
+    sums = tuple(checkpoint_name(row, SAVED_SUMS) for row in sums)
+    reduced = jax.tree.leaves(operands._replace(partial_sums=sums))
+    dots = [*sum_dots, *tangents[len(sum_dots) :]]
+    perturbed = {i: dot for i, dot in enumerate(dots) if not isinstance(dot, ad.Zero)}
+
+    def of_perturbed(rows):
+        leaves = [rows.get(i, leaf) for i, leaf in enumerate(reduced)]
+        return _tail(options, tree.unflatten(leaves))
+
+    # Reverse mode saves the reduced rows, which cost what the partial sums would, and no float32
+    # intermediate of the norms.
+    of_perturbed = jax.checkpoint(of_perturbed, prevent_cse=False)
+    return jax.jvp(of_perturbed, ({i: reduced[i] for i in perturbed},), (perturbed,))
 
 
-fused_tail.defvjp(_forward, _backward)
+ad.primitive_jvps[tail_p] = _jvp
 
 
 def _tail(options: Options, reduced: Operands) -> tuple[jax.Array, ...]:
@@ -225,7 +221,7 @@ def _sum_by_norm(options: Options, x: jax.Array) -> tuple[jax.Array, ...]:
     """Our kernel as an all-reduce alone, also for an implementation that rounds otherwise."""
     implementation = "cuda" if options.implementation == "cuda" else None
     options = Options(options.axis_name, SUM_EPS, SUM_SCALE, implementation)
-    return _bind(options, Operands((x,), (jnp.zeros(x.shape[-1], jnp.float32),)))
+    return fused_tail(options, Operands((x,), (jnp.zeros(x.shape[-1], jnp.float32),)))
 
 
 mlir.register_lowering(tail_p, _default_lowering)

@@ -21,20 +21,23 @@ from jax import export
 
 from jax_gemma_arf import extension, processes
 
+# The limits of the kernels (ffi/call_limits.h): how many ranks, which D, how many norms of the
+# finished row, how many bytes of partial sums on one rank, and how many of these in one-shot.
 AXIS_SIZES = (2, 4, 8)
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-#: How many norms of the finished row one call may hold.
+WIDTH_MULTIPLE, MIN_WIDTH, MAX_WIDTH = 64, 256, 16384
 MAX_NEXT_NORMS = 3
-#: Bytes of partial sums on one rank that a call may reduce: a cap for its workspace.
 MAX_MESSAGE_BYTES = 256 << 20
+MAX_ONE_SHOT_BYTES = 64 << 20
+
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 #: Bytes of partial sums on one rank up to which one-shot is used, by axis size. One-shot pushes
 #: N - 1 messages and waits once; two-shot pushes 2 (N - 1) / N and waits twice. N = 2: measured on
 #: two H100s. N = 4 and 8, not measured: where the bytes saved, at 320 GB/s, are worth the 1.7 us
 #: that the second wait costs at N = 2.
 ONE_SHOT_MAX_BYTES = {2: 2 << 20, 4: 384 << 10, 8: 128 << 10}
-#: The same for FlashInfer's kernels: the rule of its own Python side for bfloat16, cut to what a
-#: one-shot workspace may hold.
-FLASHINFER_ONE_SHOT_MAX_BYTES = {2: 64 << 20, 4: 8 << 20, 8: (42 << 20) // 16}
+#: The same for FlashInfer's kernels, by the rule of its own Python side for bfloat16 (trtllm_ar):
+#: up to 512, 64 and 42 MiB in 2 N messages.
+FLASHINFER_ONE_SHOT_MAX_BYTES = {2: 128 << 20, 4: 8 << 20, 8: (42 << 20) // 16}
 #: Architectures that the extension holds code for: Hopper and datacenter Blackwell (B200, B300).
 COMPUTE_CAPABILITIES = ("9.0", "10.0", "10.3")
 
@@ -115,7 +118,7 @@ def replica_groups(mesh: AnyMesh, names: tuple[str, ...]) -> np.ndarray:
 def choose_algorithm(ranks: int, message_bytes: int, implementation: str = "cuda") -> str:
     """Returns the algorithm: one-shot up to the limit of the implementation, two-shot above."""
     limits = FLASHINFER_ONE_SHOT_MAX_BYTES if implementation == "flashinfer" else ONE_SHOT_MAX_BYTES
-    return "one_shot" if message_bytes <= limits[ranks] else "two_shot"
+    return "one_shot" if message_bytes <= min(limits[ranks], MAX_ONE_SHOT_BYTES) else "two_shot"
 
 
 def fusion_support(
@@ -269,8 +272,11 @@ def _static_objections(
     if not message.static:
         yield f"x must have a static shape, got {message.shape}"
     hidden = message.shape[-1]
-    if hidden % 64 != 0 or not 256 <= hidden <= 16384:
-        yield f"D must be a multiple of 64 from 256 to 16384, got {hidden}"
+    if hidden % WIDTH_MULTIPLE != 0 or not MIN_WIDTH <= hidden <= MAX_WIDTH:
+        yield (
+            f"D must be a multiple of {WIDTH_MULTIPLE} from {MIN_WIDTH} to {MAX_WIDTH}, "
+            f"got {hidden}"
+        )
     if message.bytes > MAX_MESSAGE_BYTES:
         tokens = MAX_MESSAGE_BYTES // (message.branches * hidden * message.dtype.itemsize)
         yield (

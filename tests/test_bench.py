@@ -72,6 +72,14 @@ def test_waiting_is_what_the_fastest_rank_does_not_do():
     assert xplane.without_waiting(one_less) is None
 
 
+def test_gap_in_front_of_a_class():
+    names = ("gemm", "jax_gemma_arf", "fusion", "jax_gemma_arf")
+    times = ((0, 10), (13, 15), (14, 20), (19, 25))  # the last is launched early
+    kernels = [xplane.Kernel(name, *time) for name, time in zip(names, times)]
+    assert xplane.gap(kernels, "fused tail") == (3 + 0) / 2
+    assert xplane.gap(kernels, "all-reduce") is None
+
+
 def test_overlapping_kernels_count_once():
     kernels = [xplane.Kernel("nccl", 0, 10), xplane.Kernel("gemm", 4, 6), xplane.Kernel("x", 8, 12)]
     assert xplane.busy(kernels) == 12

@@ -230,10 +230,29 @@ def test_temporary_folder_with_a_space(tmp_path, temporary):
     assert ("--threads=2" in kernels) == (" " not in temporary)
 
 
-def test_caps_agree(built):
-    """Python decides with the caps that the handlers enforce."""
-    assert built.max_message_bytes == support.MAX_MESSAGE_BYTES
-    assert max(support.ONE_SHOT_MAX_BYTES.values()) <= built.max_one_shot_bytes
+@pytest.mark.parametrize("implementation", lowering.TARGETS)
+def test_limits_agree(built, implementation):
+    """Python decides with the limits that the handlers enforce."""
+    module = extension.load(implementation)
+    if module is None:
+        pytest.skip(extension.why_missing(implementation))
+    assert module.limits() == {
+        "axis_sizes": support.AXIS_SIZES,
+        "width_multiple": support.WIDTH_MULTIPLE,
+        "min_width": support.MIN_WIDTH,
+        "max_width": support.MAX_WIDTH,
+        "max_next_norms": support.MAX_NEXT_NORMS,
+        "max_message_bytes": support.MAX_MESSAGE_BYTES,
+        "max_one_shot_bytes": support.MAX_ONE_SHOT_BYTES,
+    }
+
+
+@pytest.mark.parametrize("implementation", lowering.TARGETS)
+@pytest.mark.parametrize("ranks", support.AXIS_SIZES)
+def test_one_shot_stays_below_its_cap(implementation, ranks):
+    """The handlers take every message for which the rule chooses one-shot."""
+    above = support.MAX_ONE_SHOT_BYTES + 1
+    assert support.choose_algorithm(ranks, above, implementation) == "two_shot"
 
 
 @pytest.mark.parametrize("ranks", support.AXIS_SIZES)

@@ -33,7 +33,7 @@ RESTATED = {
         gemma4_modules.Block._forward_moe: ["2e4f86c3", "66b9706a"],
         _moe.MoERagged.__call__: ["f214e851", "5de011c7"],
     },
-    "_experts_without_ragged_dot": {_moe.MoERagged._run_ffw_and_routing: ["09e5ac1d"]},
+    "run_experts": {_moe.MoERagged._run_ffw_and_routing: ["09e5ac1d"]},
     "_vocabulary_parallel": {
         _modules.Embedder.encode: ["32e9a409"],
         _modules.Embedder.decode: ["dfc0ce6c"],

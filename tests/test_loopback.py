@@ -197,7 +197,8 @@ def test_slow_producer():
 def test_largest_message(built, ranks, algorithm):
     """Hazard 17: the edges of the byte caps, where indices are largest."""
     hidden = 5376
-    limit = built.max_one_shot_bytes if algorithm == "one_shot" else built.max_message_bytes
+    kind = "one_shot" if algorithm == "one_shot" else "message"
+    limit = built.limits()[f"max_{kind}_bytes"]
     tokens = limit // (2 * hidden)
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (ranks, tokens, hidden), jnp.bfloat16)

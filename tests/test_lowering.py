@@ -133,7 +133,7 @@ def test_attributes(cpus, shape, axes, groups):
     ],
 )
 def test_tail_attributes(mesh, op, next_norms, attributes, operands):
-    """Which tail it is, and the order of what it reads and writes, as ffi/handler.cc has it."""
+    """Which tail it is, and the order of what it reads and writes, as ffi/call.cc has it."""
     text = lowered(mesh, op, next_norms=next_norms)
     (config,) = re.findall(r"backend_config = \{(.*?)\}", text)
     names = ("branches", "has_residual", "has_layer_scalar", "next_norms")

@@ -174,6 +174,60 @@ def test_grad(devices, case, axis_type, check_vma):
     assert_close(gradients(jax.checkpoint(call), placed), want)
 
 
+def test_what_a_derivative_saves(mesh, case):
+    """The reduced rows and the other operands, and no float32 intermediate of the norms."""
+    case = dataclasses.replace(case, dtype=BF16)
+    inputs = jax.tree.map(jnp.asarray, make_inputs(case, 2))
+    _, backward = jax.vjp(tp_call(case, mesh), inputs)
+    rows = inputs._replace(partial_sums=[x[0] for x in inputs.partial_sums])
+    assert sum(a.nbytes for a in jax.tree.leaves(backward)) == sum(
+        a.nbytes for a in jax.tree.leaves(rows)
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_forward_mode(devices, case, check_vma):
+    """Derivatives along a direction, through all outputs; then along several at once."""
+    case = dataclasses.replace(case, eps=0.1, scale_offset=1.0)
+    mesh = tp_mesh(devices)
+    inputs = make_inputs(case, len(devices))
+    directions = make_inputs(dataclasses.replace(case, seed=1), len(devices))
+    call, specs = tp_call(case, mesh, check_vma=check_vma), in_specs(case)
+    placed = place(mesh, inputs, specs), place(mesh, directions, specs)
+
+    def along(call, inputs, direction):
+        return jax.jvp(call, (inputs,), (direction,))[1]
+
+    def along_scaled(call, inputs, direction):
+        def scaled(factor):
+            return along(call, inputs, jax.tree.map(lambda a: factor * a, direction))
+
+        return jax.vmap(scaled)(jnp.arange(1.0, 3.0))
+
+    arrays = jax.tree.map(jnp.asarray, (inputs, directions))
+    for derivative in (along, along_scaled):
+        want = derivative(functools.partial(unsharded, case), *arrays)
+        assert_close(jax.jit(derivative, static_argnums=0)(call, *placed), want)
+
+
+def test_second_derivative(devices, case):
+    """Forward over reverse, along all operands."""
+    case = dataclasses.replace(case, eps=0.1, scale_offset=1.0)
+    mesh = tp_mesh(devices)
+    inputs = make_inputs(case, len(devices))
+    call = tp_call(case, mesh)
+
+    def product(call, inputs):
+        def gradient(inputs):
+            return jax.grad(lambda inputs: sum(jnp.sum(out**2) for out in call(inputs)))(inputs)
+
+        return jax.jvp(gradient, (inputs,), (inputs,))[1]
+
+    want = product(functools.partial(unsharded, case), jax.tree.map(jnp.asarray, inputs))
+    got = jax.jit(product, static_argnums=0)(call, place(mesh, inputs, in_specs(case)))
+    assert_close(got, want, 1e-3)
+
+
 @pytest.mark.parametrize("rows", [P("data"), P()], ids=["sharded", "replicated"])
 def test_types(cpus, case, rows):
     """Results vary over the right axes; gradients of operands that do not vary are summed."""

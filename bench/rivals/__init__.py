@@ -13,9 +13,9 @@ from types import ModuleType
 import jax
 import numpy as np
 
+from jax_gemma_arf.support import FLASHINFER_ONE_SHOT_MAX_BYTES
+
 DIRECTORY = Path(__file__).parents[2] / "build" / "rivals"
-#: Megabytes of 2 * ranks * message up to which FlashInfer's Python side takes one-shot (trtllm_ar).
-_ONE_SHOT_MEGABYTES = {2: 512, 4: 64, 8: 42}
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def load() -> ModuleType | None:
 
 def one_shot(ranks: int, message_bytes: int) -> bool:
     """FlashInfer's own rule for bfloat16."""
-    return 2 * ranks * message_bytes <= _ONE_SHOT_MEGABYTES[ranks] << 20
+    return message_bytes <= FLASHINFER_ONE_SHOT_MAX_BYTES[ranks]
 
 
 def create(devices: list[int], message_bytes: int) -> None:
@@ -50,7 +50,7 @@ def create(devices: list[int], message_bytes: int) -> None:
     if module is None:
         raise RuntimeError(f"nothing built in {DIRECTORY}; run make bench-rivals")
     ranks = len(devices)
-    most_one_shot = (_ONE_SHOT_MEGABYTES[ranks] << 20) // (2 * ranks)
+    most_one_shot = FLASHINFER_ONE_SHOT_MAX_BYTES[ranks]
     module.create(devices, min(message_bytes, most_one_shot), message_bytes)
 
 

@@ -25,8 +25,8 @@ cudaError_t EnqueueFlashInfer(const Launch& launch, cudaStream_t stream) {
   fi::AllReduceFusionParams<T> params{};
   params.nranks = kRanks;
   params.rank = launch.rank;
-  params.size = launch.tokens * launch.hidden;
-  params.hidden_dim = launch.hidden;
+  params.size = launch.tokens * launch.width;
+  params.hidden_dim = launch.width;
   params.workspace = launch.table;
   params.allreduce_in = const_cast<void*>(launch.x);
   params.allreduce_out = launch.out;
@@ -66,7 +66,7 @@ cudaError_t EnqueueFlashInfer(const Launch& launch, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
 
   int cluster = 8;
-  int threads = launch.hidden / kElements;
+  int threads = launch.width / kElements;
   while (threads % cluster != 0) cluster /= 2;
   threads /= cluster;
   while (threads < 128 && cluster >= 2) threads *= 2, cluster /= 2;
@@ -146,7 +146,7 @@ cudaError_t EnqueueWire(const Launch& launch, cudaStream_t stream) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return error;
-  const int64_t message = int64_t{launch.tokens} * launch.hidden * int64_t{sizeof(T)};
+  const int64_t message = int64_t{launch.tokens} * launch.width * int64_t{sizeof(T)};
   const int64_t vectors = WireBytes(message, launch.ranks) / 16;
   const int64_t most = std::min(multiprocessors / launch.sharing, kMaxBlocks);
   const auto blocks = std::min((vectors + kWireThreads - 1) / kWireThreads, most);

@@ -30,11 +30,11 @@ struct Launch {
   int ranks;
   int rank;
   int tokens;
-  int hidden;
+  int width;
   int sharing;   // how many ranks this GPU holds: 1, or all of them in loopback
   void** table;  // FlashInfer's workspace pointers, on the device
   Wire wire;
-  const void* x;  // [tokens, hidden], bfloat16, as all that follow
+  const void* x;  // [tokens, width], bfloat16, as all that follow
   const void* residual;
   const void* norm_scale;
   void* out;

@@ -134,7 +134,7 @@ Error Prepare(ffi::internal::CommunicatorContextBase<ffi::internal::ErrorPolicy>
   return collectives.RequestCommunicator(ffi::GroupMode::kFlattenedId, {ids}, 0);
 }
 
-// x: [tokens..., hidden], or [ranks, tokens..., hidden] in loopback. all_reduce_norm takes a
+// x: [tokens..., width], or [ranks, tokens..., width] in loopback. all_reduce_norm takes a
 // residual and a norm_scale as well, and has a second result, the sum. The wire's result is x
 // itself (aliased), or what the peers sent if `read` is set.
 Error Execute(cudaStream_t stream, int32_t device, std::string_view kind, bool one_shot, bool read,
@@ -147,10 +147,10 @@ Error Execute(cudaStream_t stream, int32_t device, std::string_view kind, bool o
   const bool loopback = g.loopback();
   const auto dimensions = x.dimensions();
   if (x.element_type() != ffi::DataType::BF16 || dimensions.size() < 2) {
-    return invalid("x must be bfloat16, [tokens, hidden] or [ranks, tokens, hidden]");
+    return invalid("x must be bfloat16, [tokens, width] or [ranks, tokens, width]");
   }
   const int64_t bytes = static_cast<int64_t>(x.size_bytes()) / (loopback ? n : 1);
-  const int64_t hidden = dimensions.back();
+  const int64_t width = dimensions.back();
   if (bytes > (one_shot ? g.one_shot_bytes : g.two_shot_bytes)) {
     return invalid("a message of " + std::to_string(bytes) +
                    " bytes is above what create was told");
@@ -161,8 +161,8 @@ Error Execute(cudaStream_t stream, int32_t device, std::string_view kind, bool o
                                             : Kind::kWire;
   launch.one_shot = one_shot;
   launch.ranks = n;
-  launch.tokens = static_cast<int>(bytes / 2 / hidden);
-  launch.hidden = static_cast<int>(hidden);
+  launch.tokens = static_cast<int>(bytes / 2 / width);
+  launch.width = static_cast<int>(width);
   launch.sharing = loopback ? n : 1;
   launch.eps = eps;
   char* sums = nullptr;

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../dispatch.h"
 #include "../epilogue.cuh"
 #include "../kernels.h"
 #include "../launch_shape.h"
@@ -73,10 +74,10 @@ class FusedOp<jax_gemma_arf::kGemmaPattern, T> {
     epilogue_.Await();
     const jax_gemma_arf::Words<4> reduced[1] = {
         reinterpret_cast<const jax_gemma_arf::Words<4>&>(row)};
-    float hidden[kCount];
-    epilogue_.Hidden(reduced, hidden);
-    jax_gemma_arf::Write(tail_.hidden, tail_.out_dtype, Index(), hidden);
-    epilogue_.NextNorms(hidden, Index());
+    float out[kCount];
+    epilogue_.Finish(reduced, out);
+    jax_gemma_arf::Write(tail_.out, tail_.out_dtype, Index(), out);
+    epilogue_.NextNorms(out, Index());
   }
 
  private:
@@ -95,23 +96,6 @@ class FusedOp<jax_gemma_arf::kGemmaPattern, T> {
 
 namespace jax_gemma_arf {
 namespace {
-
-// Calls `visit` with a T and an integral constant for the ranks.
-template <typename Visit>
-auto Dispatch(const KernelKind& kind, Visit visit) {
-  const auto ranks = [&](auto t) {
-    switch (kind.nranks) {
-      case 2: return visit(t, std::integral_constant<int, 2>{});
-      case 4: return visit(t, std::integral_constant<int, 4>{});
-      default: return visit(t, std::integral_constant<int, 8>{});
-    }
-  };
-  switch (kind.dtype) {
-    case Dtype::kBFloat16: return ranks(__nv_bfloat16{});
-    case Dtype::kFloat16: return ranks(__half{});
-    default: return ranks(float{});
-  }
-}
 
 // The slots of one rank. FlashInfer finds everything through the table: data, flags and Lamport
 // buffers of every rank, then this rank's control words.
@@ -144,8 +128,8 @@ template <typename T, int kRanks>
 cudaError_t EnqueueAs(const Launch& launch, cudaStream_t stream) {
   fi::AllReduceFusionParams<T> params{};
   params.rank = launch.rank;
-  params.size = launch.tokens * launch.hidden;
-  params.hidden_dim = launch.hidden;
+  params.size = launch.tokens * launch.width;
+  params.hidden_dim = launch.width;
   const Layout layout({launch.kind.algorithm, kRanks, launch.peers.capacity, sizeof(T)});
   params.workspace = reinterpret_cast<void**>(launch.peers.slots[launch.rank] + layout.table);
   params.allreduce_in = const_cast<void*>(launch.x[0]);
@@ -175,8 +159,8 @@ cudaError_t EnqueueAs(const Launch& launch, cudaStream_t stream) {
 }  // namespace
 
 const void* KernelOf(const KernelKind& kind) {
-  return Dispatch(kind, [&](auto t, auto ranks) {
-    using T = decltype(t);
+  return Dispatch(kind, [&](auto zero, auto ranks) {
+    using T = decltype(zero);
     constexpr int kRanks = decltype(ranks)::value;
     constexpr bool kFloatSum = !std::is_same_v<T, float>;  // float is summed in float anyway
     return kind.algorithm == Algorithm::kOneShot
@@ -190,11 +174,14 @@ const void* KernelOf(const KernelKind& kind) {
 
 // Not programmatic: the kernels trigger their successors before all of their blocks have written,
 // and XLA's kernels may read what they take for constant before they wait.
-const Implementation kImplementation = {
-    "jax_gemma_arf.flashinfer_tail", "jax_gemma_arf.flashinfer_loopback_tail",
-    "jax_gemma_arf.FlashInferCall",  /*programmatic=*/false,
-    /*slots_by_item_size=*/true,     /*max_branches=*/1,
-    fi::details::kBarrierFlagCount};
+const Implementation kImplementation = {"jax_gemma_arf.flashinfer_tail",
+                                        "jax_gemma_arf.flashinfer_loopback_tail",
+                                        "jax_gemma_arf.FlashInferCall",
+                                        "jax_gemma_arf.FlashInferLoopbackCall",
+                                        /*programmatic=*/false,
+                                        /*slots_by_item_size=*/true,
+                                        /*max_branches=*/1,
+                                        fi::details::kBarrierFlagCount};
 
 int64_t SlotBytes(const SlotSpec& spec) { return Layout(spec).total; }
 
@@ -230,8 +217,8 @@ cudaError_t ConnectSlots(const SlotSpec& spec, int rank, char* const* slots) {
 }
 
 cudaError_t Enqueue(const Launch& launch, bool /*programmatic*/, cudaStream_t stream) {
-  return Dispatch(launch.kind, [&](auto t, auto ranks) {
-    return EnqueueAs<decltype(t), decltype(ranks)::value>(launch, stream);
+  return Dispatch(launch.kind, [&](auto zero, auto ranks) {
+    return EnqueueAs<decltype(zero), decltype(ranks)::value>(launch, stream);
   });
 }
 

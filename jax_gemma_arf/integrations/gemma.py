@@ -10,7 +10,7 @@ Everything else stays as it was: the parameter tree and its names, ``model.apply
 the official attention and feed-forward modules at this rank's number of heads and hidden units, so
 that both end in partial sums, for the fused operations to reduce. Where XLA compiles the official
 code badly for GPUs, an equivalent stands in: embedding and logits, which are split over the
-vocabulary, attention in a decode step (_gemma_decode.py), and the experts.
+vocabulary, attention in a decode step (_gemma_decode.py), and the experts (_gemma_experts.py).
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ from jax_gemma_arf.fused_ops import Implementation, fused_moe_tail, fused_post_f
 from jax_gemma_arf.integrations import _gemma_wrappers as wrappers
 from jax_gemma_arf.integrations import _mesh_modes
 from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
+from jax_gemma_arf.integrations._gemma_experts import run_experts
 from jax_gemma_arf.reference import rmsnorm
 from jax_gemma_arf.support import AxisName, axis_names, group_size
 from jax_gemma_arf.vocabulary import lookup
@@ -46,10 +47,6 @@ from jax_gemma_arf.vocabulary import lookup
 #: Releases of the package whose blocks were compared with those restated here.
 TESTED_VERSIONS = ("4.0.1", "4.1.0")
 
-# Up to this number of tokens, whose activations of all experts then take 0.75 GB, every token is
-# multiplied by every expert. XLA's ragged_dot does as much, and transposes all weights before it: a
-# prefill of 1024 tokens of 26B-A4B took 390 ms with it on two H100s (jax 0.11.2).
-_DENSE_TOKENS = 4096
 _EMBEDDERS = (_gemma3_modules.Embedder, _gemma4_modules.Embedder)
 
 # scale_offset of each family: Gemma 2 and 3 store w for a scale of 1 + w. _transformer.Transformer
@@ -686,7 +683,7 @@ def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
     # Newer releases of the package route by the stream, not by its norm.
     takes_stream = "unnormalized_x" in inspect.signature(type(layer.experts).__call__).parameters
     router_input = {"unnormalized_x": h} if takes_stream else {}
-    with nn.intercept_methods(functools.partial(_experts_without_ragged_dot, batch)):
+    with nn.intercept_methods(functools.partial(run_experts, batch)):
         experts = layer.experts.apply({"params": p["mlp"]}, experts_normed, **router_input)
     return fused_moe_tail(
         layer.mlp.apply({"params": p["mlp2"]}, normed),
@@ -699,38 +696,6 @@ def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
         next_norm_scale=next_scale,
         **tail,
     )
-
-
-def _experts_without_ragged_dot(batch, method, args, kwargs, context):
-    """Runs the experts of the official module without its ``ragged_dot``.
-
-    Fewer choices than there are experts read the weights of the chosen experts; more choices read
-    the weights of all experts, once.
-
-    Args:
-      batch: the number of rows to compute; a second one is the first again.
-      method, args, kwargs, context: of an interceptor.
-    """
-    if context.method_name != "_run_ffw_and_routing" or args[0].shape[1] * batch > _DENSE_TOKENS:
-        return method(*args, **kwargs)
-    module = context.module
-    x, choices, weights = (array[:batch] for array in args)  # [B, T, D], [B, T, K], [B, T, experts]
-    gating, linear, scale = module.gating_einsum(), module.linear(), module.per_expert_scale
-    if choices.size < module.num_experts:
-        # Written as a sum, into which XLA fuses the gather; a matmul would read a copy.
-        products = x[:, :, None, None, None].astype(jnp.float32) * gating[choices]
-        gate, up = jnp.moveaxis(jnp.sum(products, axis=-1).astype(x.dtype), 3, 0)
-        out = jnp.einsum("btkh,btkhd->btkd", nn.gelu(gate) * up, linear[choices])
-        weights = jnp.take_along_axis(weights, choices, axis=-1)
-        weights *= scale.astype(weights.dtype)[choices]
-        out = jnp.einsum("btkd,btk->btd", out, weights, preferred_element_type=x.dtype)
-    else:
-        chosen = jax.nn.one_hot(choices, module.num_experts, dtype=weights.dtype).sum(axis=-2)
-        weights = weights * chosen * scale.astype(weights.dtype)
-        gate, up = jnp.einsum("btd,echd->cbteh", x, gating)
-        activations = (nn.gelu(gate) * up * weights[..., None]).astype(x.dtype)
-        out = jnp.einsum("bteh,ehd->btd", activations, linear)
-    return jnp.broadcast_to(out, args[0].shape)
 
 
 def _own_kv_heads(attn, local_heads: int, axis_name):

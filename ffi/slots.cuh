@@ -112,7 +112,7 @@ __device__ __forceinline__ Words<kWords> Receive(char* slot, Words<kWords> w, co
       const uint64_t now = Nanoseconds();
       if (since == 0) since = now;
       if (now - since > launch.timeout_ns) {
-        Fail(launch.peers.failure, {launch.rank, source, launch.call});
+        Fail(launch.peers.failure, {launch.rank, source, launch.call_id});
       }
     }
   }
@@ -129,13 +129,13 @@ __device__ __forceinline__ Words<kWords> Receive(char* slot, Words<kWords> w, co
 // rank's partial sums of that call.
 template <Algorithm kAlgorithm, int kRanks>
 struct SlotMap {
-  int64_t generation;  // offset of the partial sums of this call
-  int64_t source;      // bytes between two sources
-  int64_t rows;        // two-shot: offset of the finished rows
+  int64_t generation;    // offset of the partial sums of this call
+  int64_t source_bytes;  // between two sources
+  int64_t rows;          // two-shot: offset of the finished rows
 
   __device__ __forceinline__ SlotMap(int64_t capacity, uint32_t counter) {
-    source = kAlgorithm == Algorithm::kOneShot ? capacity : capacity / kRanks;
-    const int64_t sources = source * kRanks;
+    source_bytes = kAlgorithm == Algorithm::kOneShot ? capacity : capacity / kRanks;
+    const int64_t sources = source_bytes * kRanks;
     generation = counter / kCounted % 2 * sources;
     rows = 2 * sources;
   }
