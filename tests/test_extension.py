@@ -235,7 +235,7 @@ def test_limits_agree(built, implementation):
     """Python decides with the limits that the handlers enforce."""
     module = extension.load(implementation)
     if module is None:
-        pytest.skip(extension.why_missing(implementation))
+        pytest.skip(extension.why_missing(implementation) or "")
     assert module.limits() == {
         "axis_sizes": support.AXIS_SIZES,
         "width_multiple": support.WIDTH_MULTIPLE,
