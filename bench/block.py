@@ -70,9 +70,9 @@ class Sizes:
 
 
 MODELS = {
-    "31B": Sizes(hidden=5376, ff=21504, heads=8192),
-    "26B-A4B": Sizes(hidden=2816, ff=2112, heads=4096),
-    "E4B": Sizes(hidden=2560, ff=10240, heads=2048, scalar=False),
+    "31B": Sizes(common.HIDDEN["31B"], ff=21504, heads=8192),
+    "26B-A4B": Sizes(common.HIDDEN["26B-A4B"], ff=2112, heads=4096),
+    "E4B": Sizes(common.HIDDEN["E4B"], ff=10240, heads=2048, scalar=False),
 }
 SPECS = {
     "w_heads": P(None, "tp"),
@@ -125,8 +125,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace):
         self.mode, devices = common.devices_for(arguments.ranks)
         self.ranks = (arguments.ranks or 2) if self.mode == "loopback" else len(devices)
-        auto = (jax.sharding.AxisType.Auto,)
-        self.mesh = jax.make_mesh((len(devices),), ("tp",), axis_types=auto, devices=devices)
+        self.mesh = common.tp_mesh(devices)
         self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
         self.layers = arguments.layers or {"cpu": 2}.get(self.mode, 4 if arguments.quick else 8)
         self.flag_set = arguments.flag_set
@@ -163,7 +162,7 @@ class Bench:
         """Name: (blocks, tail)."""
         if self.mode == "loopback":
             return {
-                "sum": (with_post_ff, lambda x, *others: post_ff_tail(rank_sum(x), *others)),
+                "sum": (with_post_ff, lambda x, *others: post_ff_tail(common.rank_sum(x), *others)),
                 "fused": (with_post_ff, loopback_post_ff),
                 "fused sandwich": (with_sandwich, loopback_sandwich),
                 "matmuls alone": (matmuls_alone, None),
@@ -232,7 +231,7 @@ class Bench:
                     try:
                         out = call()
                         if name != "matmuls alone":
-                            row["relative_error"] = relative_error(out, want)
+                            row["relative_error"] = common.relative_error(out, want)
                             row["matches"] = row["relative_error"] <= BOUND
                     except Exception as error:  # an implementation that fails is a result, too
                         row["error"] = f"{type(error).__name__}: {error}"[:500]
@@ -261,22 +260,6 @@ def loopback_sandwich(x, residual, norm_scale, scalar=None, *, next_norm_scale):
     operands = Operands((x,), (norm_scale,), residual, scalar, (next_norm_scale,))
     hidden, normed = loopback.loopback_tail(operands)
     return hidden[0], normed[0]
-
-
-def rank_sum(x: jax.Array) -> jax.Array:
-    """[N, tokens, D] summed in float32, rounded once."""
-    return x.astype(jnp.float32).sum(0).astype(x.dtype)
-
-
-@jax.jit
-def _relative_error(out: jax.Array, want: jax.Array) -> jax.Array:
-    out, want = out.astype(jnp.float32), want.astype(jnp.float32)
-    return jnp.linalg.norm(out - want) / jnp.linalg.norm(want)
-
-
-def relative_error(out: jax.Array, want: jax.Array) -> float:
-    """||out - want|| / ||want||."""
-    return float(_relative_error(out, want))
 
 
 def work(arguments: argparse.Namespace) -> None:

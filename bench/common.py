@@ -8,6 +8,7 @@ import argparse
 import collections
 import concurrent.futures
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -376,6 +377,28 @@ def devices_for(ranks: int) -> tuple[str, list[Any]]:
             return "loopback", found
         return "mesh", found[: ranks or len(found)]
     return "cpu", jax.devices("cpu")[: ranks or 2]
+
+
+def tp_mesh(devices: Sequence[Any]) -> jax.sharding.Mesh:
+    """The devices along one axis, "tp", in Auto mode."""
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("tp",), axis_types=auto, devices=devices)
+
+
+def rank_sum(x: jax.Array) -> jax.Array:
+    """[N, tokens, D] summed in float32, rounded once."""
+    return x.astype(jnp.float32).sum(0).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _relative_error(out: jax.Array, want: jax.Array, axis: int | None) -> jax.Array:
+    out, want = out.astype(jnp.float32), want.astype(jnp.float32)
+    return jnp.max(jnp.linalg.norm(out - want, axis=axis)) / jnp.linalg.norm(want)
+
+
+def relative_error(out: jax.Array, want: jax.Array, *, axis: int | None = None) -> float:
+    """||out - want|| / ||want||; along an axis, the largest of the differences."""
+    return float(_relative_error(out, want, axis))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

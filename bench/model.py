@@ -268,10 +268,7 @@ class Bench:
         self.official = official(self.name, layers, small)
         self.flag_set = arguments.flag_set
 
-        auto = (jax.sharding.AxisType.Auto,)
-        mesh_of = functools.partial(jax.make_mesh, axis_names=("tp",), axis_types=auto)
-        mesh = mesh_of((len(devices),), devices=devices)
-        alone = mesh_of((1,), devices=devices[:1])
+        mesh, alone = common.tp_mesh(devices), common.tp_mesh(devices[:1])
         self.psum = gemma.tensor_parallel(self.official, mesh, implementation="xla")
         self.shardings = gemma.param_shardings(self.psum)
         over_mesh = {OFFICIAL_PARTITIONED: self.official, "psum": self.psum}

@@ -87,7 +87,7 @@ def rmsnorm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 def rank_sum(x: jax.Array) -> jax.Array:
     """[N, tokens, D] summed in float32, rounded once, for each rank."""
-    return jnp.broadcast_to(x.astype(jnp.float32).sum(0).astype(x.dtype), x.shape)
+    return jnp.broadcast_to(common.rank_sum(x), x.shape)
 
 
 def post_ff_oracle(x, residual, norm_scale, layer_scalar):
@@ -250,8 +250,7 @@ class Bench:
         self.mode, devices = common.devices_for(arguments.ranks)
         self.ranks = (arguments.ranks or 2) if self.mode == "loopback" else len(devices)
         self.ops = LOOPBACK_OPS if self.mode == "loopback" else OPS
-        auto = (jax.sharding.AxisType.Auto,)
-        self.mesh = jax.make_mesh((len(devices),), ("tp",), axis_types=auto, devices=devices)
+        self.mesh = common.tp_mesh(devices)
         self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
         self.flag_set = arguments.flag_set
         self.algorithms = arguments.algorithms

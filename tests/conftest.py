@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, and skips that say what a test needs and what was found."""
 
 import os
+from typing import Any
 
 import jax
 import pytest
@@ -33,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
 
 
-def gpus() -> list[jax.Device]:
+def gpus() -> list[Any]:
     try:
         return jax.devices("cuda")
     except RuntimeError:
@@ -44,7 +45,7 @@ def gpus() -> list[jax.Device]:
 def require_gpus():
     """require_gpus(n) returns n GPUs or skips."""
 
-    def require(count: int) -> list[jax.Device]:
+    def require(count: int) -> list[Any]:
         found = gpus()
         if len(found) < count:
             pytest.skip(f"needs {count} GPUs, found {len(found)}")
@@ -77,5 +78,5 @@ def mesh(cpus):
 
 
 @pytest.fixture
-def cpus() -> list[jax.Device]:
+def cpus() -> list[Any]:
     return jax.devices("cpu")

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import jax
@@ -99,7 +100,7 @@ class Backend:
     def outputs(self, call: Call, inputs: Inputs) -> tuple[jax.Array, ...]:
         """Returns the ranks' results: [N, tokens, D] in loopback, or one rank's."""
         case = call.case
-        options = {"eps": case.eps, "scale_offset": case.scale_offset}
+        options: dict[str, Any] = {"eps": case.eps, "scale_offset": case.scale_offset}
         if self.mesh is None:
             options |= {"algorithm": call.algorithm, "implementation": self.implementation}
             return loopback_tail(Operands(*inputs), **options)
@@ -127,9 +128,8 @@ class Backend:
     def place(self, value, specs):
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, value)
-        return jax.tree.map(
-            lambda a, spec: jax.device_put(a, jax.NamedSharding(self.mesh, spec)), value, specs
-        )
+        put_on = functools.partial(jax.NamedSharding, self.mesh)
+        return jax.tree.map(lambda a, spec: jax.device_put(a, put_on(spec)), value, specs)
 
 
 def stack(sets: list[Inputs]) -> Inputs:

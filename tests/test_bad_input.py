@@ -447,7 +447,7 @@ def test_unreduced_over_another_axis(cpus, op, name):
     """The operation reduces its own axes alone, so a sum must be unreduced over no other."""
     mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4], AxisType.Explicit)
     with pytest.raises(ValueError, match=rf"{name} must be unreduced .* over \['data'\] too"):
-        trace(mesh, op, {name: P(unreduced={"data", "tp"})})
+        trace(mesh, op, {name: P(unreduced=frozenset({"data", "tp"}))})
 
 
 def test_cuda_on_cpu_says_why(mesh):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import block
 import common
@@ -251,7 +252,7 @@ def test_every_block_lowers_for_gpus(mode, monkeypatch, cpus):
         assert text.count("stablehlo.all_reduce") == 4 * (name == "psum"), name
         if name in ("sum", "psum"):
             want = bench.reference(sizes)(h, layers)
-            assert block.relative_error(program(h, layers), want) < block.BOUND / 2
+            assert common.relative_error(program(h, layers), want) < block.BOUND / 2
 
 
 @pytest.fixture
@@ -357,6 +358,7 @@ def test_oracle_chain_is_the_chain(cpus):
         colds = [op.pick(stacked, k) for k in range(config.colds)]
         (psum,) = bench.contenders(config)
         out = bench.program(psum.body)(state, colds)
+        assert psum.oracle is not None
         want = psum.oracle(state, stacked)
         error, within = op.compare(out, want)
         assert within
@@ -403,7 +405,7 @@ def test_best_flag_set_counts_and_wrong_results_do_not():
     assert "RuntimeError: no link" in text
 
 
-def model_record():
+def model_record() -> dict[str, Any]:
     """A record of one model on two GPUs, with a wrong row and a profile."""
     line = {"model": "Gemma4_26B_A4B", "flag_set": "A", "matches": True, "relative_error": 0.04}
     floors = {"floor_us": 640.0, "floor_all_experts_us": 840.0, "ranks": 2}

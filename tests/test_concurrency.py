@@ -2,10 +2,10 @@
 meshes in turn, and several threads. In loopback and over a mesh of GPUs; all results must be the
 first, oracle-checked ones, bit for bit."""
 
-import contextlib
 import dataclasses
 import functools
 import threading
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from helpers.places import GRAPHS, NO_GRAPHS, Place, gpu_mesh, same_bits
 from helpers.runners import make_mesh
 from jax_gemma_arf._src import lowering
 
-NO_LOCK = contextlib.nullcontext()
+NO_LOCK = nullcontext()
 STEPS = 6
 # Each step's output is the next one's residual.
 DECODE = Case((4,), 2560, op="sandwich", next_norms=1)
@@ -142,7 +142,9 @@ def test_moving_buffers(where, options):
         same_bits(inputs, where.inputs(dataclasses.replace(DECODE, seed=seed)))
 
 
-def in_turn(programs, rounds: int, seed: int = 0, dispatch=NO_LOCK) -> None:
+def in_turn(
+    programs, rounds: int, seed: int = 0, dispatch: AbstractContextManager = NO_LOCK
+) -> None:
     """Checks every (place, case) against the oracle, then all of them in random order against
     that. dispatch: held while a call is dispatched."""
     calls = []

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +72,12 @@ def test_mesh_handlers_register(built, record):
 def refusing_stages() -> None:
     """Prints the stages that refuse a call on CPUs: with its attributes, and without any."""
     jax.devices()  # registrations wait for the runtime
-    for name, registration in extension.load().type_registrations().items():
+    module = extension.load()
+    assert module is not None
+    for name, registration in module.type_registrations().items():
         jax.ffi.register_ffi_type(name, registration, platform="cpu")
     target = lowering.LOOPBACK_TARGET
-    jax.ffi.register_ffi_target(target, extension.load().registrations()[target], platform="cpu")
+    jax.ffi.register_ffi_target(target, module.registrations()[target], platform="cpu")
     operands = jax.tree.map(jnp.asarray, Operands(*make_inputs(Case(), 2)))
     result = jax.ShapeDtypeStruct(operands.partial_sums[0].shape, operands.dtype)
     calls = (loopback_tail, lambda operands: jax.ffi.ffi_call(target, result)(*operands[0]))
@@ -130,8 +133,12 @@ def what_runs(path: str) -> None:
     """Stands in for the CUDA plugin, which takes what was registered before it was loaded."""
     program = jax.export.deserialize(bytearray(Path(path).read_bytes())).mlir_module()
     registered = []
-    xla_client.register_custom_call_handler("CUDA", lambda name, *_: registered.append(name))
-    xla_client.register_custom_type_handler("CUDA", lambda name, *_: registered.append(name))
+
+    def register(name, *_: Any, **__: Any) -> None:
+        registered.append(name)
+
+    xla_client.register_custom_call_handler("CUDA", register)
+    xla_client.register_custom_type_handler("CUDA", register)
     ours = [name for name in sorted(registered) if name.startswith("jax_gemma_arf")]
     print(re.findall(r"custom_call @(jax_gemma_arf\.\w+)", program), ours)
 
@@ -231,7 +238,8 @@ def test_temporary_folder_with_a_space(tmp_path, temporary):
     """Hazard 38: nvcc 13.0 then fails with threads, and without them only takes longer.
 
     A stand-in for nanobind, which is not installed where tests run; nothing is compiled."""
-    shutil.which("nvcc") or pytest.skip("needs nvcc")
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
     stand_in = tmp_path / "python" / "nanobind"
     stand_in.mkdir(parents=True)
     (stand_in / "__main__.py").write_text(f"print({str(stand_in)!r})")
@@ -257,7 +265,7 @@ def test_limits_agree(built, implementation):
     """Python decides with the limits that the handlers enforce."""
     module = extension.load(implementation)
     if module is None:
-        pytest.skip(extension.why_missing(implementation))
+        pytest.skip(extension.why_missing(implementation) or "")
     assert module.limits() == {
         "axis_sizes": limits.AXIS_SIZES,
         "width_multiple": limits.WIDTH_MULTIPLE,

@@ -81,7 +81,7 @@ def in_full_memory(ranks: int) -> None:
     small = on_device(SMALL, ranks)
     call = jax.jit(loopback_tail, static_argnames="algorithm")
     jax.block_until_ready(call(small, algorithm="one_shot"))
-    outputs = jnp.zeros((2 * ranks, *operands.residual.shape), BF16)
+    outputs = jnp.zeros((2 * ranks, *operands.partial_sums[0].shape[1:]), BF16)
     jax.block_until_ready(outputs)
     outputs.delete()  # JAX's pool keeps the memory, for the outputs of the big call
     before = jga.workspaces()

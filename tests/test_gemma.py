@@ -3,6 +3,7 @@
 import functools
 import pickle
 import re
+from typing import Any, cast
 
 import cloudpickle
 import jax
@@ -192,7 +193,7 @@ def test_parameter_trees(mesh):
 
 def test_unknown_model(mesh):
     with pytest.raises(TypeError, match=r"official Gemma 2, 3 or 4 Transformer.*got builtins.dict"):
-        tensor_parallel({}, mesh)
+        tensor_parallel(cast(Any, {}), mesh)
     with pytest.raises(TypeError, match=r"official Gemma 2, 3 or 4 Transformer.*got .*Gemma3n_E2B"):
         tensor_parallel(gemma3n.Gemma3n_E2B(), mesh)
     model = tensor_parallel(gemma_models.official("31B"), mesh)

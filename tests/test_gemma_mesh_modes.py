@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,7 @@ def test_auto_axes(cpus):
 
         def gathers(loss):
             text = jax.jit(loss).lower(shapes, labels, labels).compile().as_text()
+            assert text is not None
             return "all-gather" in text
 
         assert gathers(loss_of(model))
@@ -207,7 +209,7 @@ def test_sampler(axes, mode, cpus):
         sampler = text.Sampler(
             model=model,
             params=params,
-            tokenizer=Numbers(),
+            tokenizer=cast(Any, Numbers()),
             cache_length=16,
             max_out_length=4,
             pad_length=4,

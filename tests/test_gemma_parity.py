@@ -6,6 +6,7 @@ the largest value; the fused order of norm and add gives 1e-6, the mistaken one 
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def sharded(variant: str, ranks: int, layers: int | None = None, **options):
 
 
 @functools.cache
-def run(variant: str, ranks: int, layers: int | None = None, cached: bool = False):
+def run(variant: str, ranks: int, layers: int | None = None, cached: bool = False) -> Any:
     """Logits with the cache, or logits and hidden states without; ranks 0 is the official model."""
     params = gemma_models.params(variant, layers)
     model = gemma_models.official(variant, layers)

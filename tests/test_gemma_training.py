@@ -1,6 +1,8 @@
 """A tensor parallel model in kauldron's trainer, as docs/adopting.md says."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 class Batches(kd.data.Pipeline):
     """One batch, repeated without end."""
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         tokens = sizes.tokens()
         while True:
             yield {"tokens": tokens, "target": np.roll(tokens, -1, axis=1)[..., None]}
@@ -28,7 +30,7 @@ class Batches(kd.data.Pipeline):
     def __len__(self):
         return 1
 
-    @property
+    @functools.cached_property
     def element_spec(self):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), next(iter(self)))
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import textwrap
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,6 +50,7 @@ def digest(function) -> str:
     """Returns a digest of a function's code, without comments, docstring and layout."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     (definition,) = tree.body
+    assert isinstance(definition, ast.FunctionDef)
     if ast.get_docstring(definition) is not None:
         del definition.body[0]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:8]
@@ -84,7 +86,7 @@ def test_router_of_the_stream(mesh, monkeypatch):
             return self._run_ffw_and_routing(x, choices, weights)
 
     class Block(gemma4_modules.Block):
-        def _forward_moe(self, attn_output):
+        def _forward_moe(self: Any, attn_output):
             dense = self.post_ffw2_norm(self.mlp2(self.pre_ffw2_norm(attn_output)))
             experts = self.mlp(self.pre_ffw_norm(attn_output), unnormalized_x=attn_output)
             return self.post_ffw_norm(dense + self.post_ffw1_norm(experts))

@@ -16,11 +16,11 @@ TOLERANCE = 2e-5  # as in test_gemma_parity.py
 
 
 def lora(model):
-    return gm.nn.LoRA(model=model, rank=4, dtype=jnp.float32)
+    return gm.nn.LoRA(model=model, rank=4, dtype=np.dtype(np.float32))
 
 
 def int8(model):
-    return gm.nn.IntWrapper(model=model, dtype=jnp.int8)
+    return gm.nn.IntWrapper(model=model, dtype=np.dtype(np.int8))
 
 
 GEMMA2 = {

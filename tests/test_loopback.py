@@ -93,12 +93,14 @@ def test_graph_replay(built, ranks, algorithm, op, next_norms):
         },
     )
     def chain(operands):
+        out = operands.partial_sums[0]
         for _ in range(length):
             *_, out = loopback_tail(operands, algorithm=algorithm)
             operands = operands._replace(partial_sums=(out,) * len(operands.partial_sums))
         return out[-1]
 
     def expected(operands):
+        out = operands.partial_sums[0]
         for _ in range(length):
             sums = operands.partial_sums
             summed = tuple(x.astype(jnp.float32).sum(0).astype(x.dtype) for x in sums)

@@ -114,7 +114,7 @@ def test_attributes(cpus, shape, axes, groups):
     """Everything that the handler needs, with groups from the mesh (hazards 7 and 25)."""
     mesh = make_mesh(shape, axes, cpus)
     text = lowered(mesh, eps=1e-5, scale_offset=1.0)
-    config = re.search(r"backend_config = \{(.*?)\}", text).group(1)
+    (config,) = re.findall(r"backend_config = \{(.*?)\}", text)
     assert 'algorithm = "one_shot"' in config
     assert "axis_size = 4 : i64" in config
     assert "max_ctas = 0 : i64" in config
@@ -135,7 +135,7 @@ def test_attributes(cpus, shape, axes, groups):
 def test_tail_attributes(mesh, op, next_norms, attributes, operands):
     """Which tail it is, and the order of what it reads and writes, as ffi/call.cc has it."""
     text = lowered(mesh, op, next_norms=next_norms)
-    config = re.search(r"backend_config = \{(.*?)\}", text).group(1)
+    (config,) = re.findall(r"backend_config = \{(.*?)\}", text)
     names = ("branches", "has_residual", "has_layer_scalar", "next_norms")
     for name, value in zip(names, attributes):
         assert re.search(rf"\b{name} = {value}\b", config), config

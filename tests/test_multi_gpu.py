@@ -47,6 +47,7 @@ def chain(case, mesh, length):
 
     def local(inputs):
         inputs = one_rank(inputs)
+        x = inputs.partial_sums[0]
         for _ in range(length):
             *_, out = call_op(case, inputs, axis_name="tp", implementation="cuda")
             x = jax.lax.pcast(out, "tp", to="varying")

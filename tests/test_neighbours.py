@@ -2,7 +2,7 @@
 them, in loopback and over a mesh of GPUs."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +25,17 @@ LAYERS, TOKENS, FEATURES, HIDDEN = 4, 16, 1536, 512
 class Layer(NamedTuple):
     """An MLP and its tail. What differs between ranks has an axis of ranks, [N, ...]."""
 
-    gating_einsum: jax.Array  # [N, 2, HIDDEN, FEATURES]
-    linear: jax.Array  # [N, HIDDEN, FEATURES]
-    norm_scale: jax.Array  # [FEATURES]
-    next_norm_scale: jax.Array  # [FEATURES]
+    gating_einsum: Any  # [N, 2, HIDDEN, FEATURES]
+    linear: Any  # [N, HIDDEN, FEATURES]
+    norm_scale: Any  # [FEATURES]
+    next_norm_scale: Any  # [FEATURES]
 
 
 class State(NamedTuple):
     """State that one layer hands to the next."""
 
-    hidden: jax.Array  # [TOKENS, FEATURES]
-    normed: jax.Array  # [N, TOKENS, FEATURES]: what each rank has computed
+    hidden: Any  # [TOKENS, FEATURES]
+    normed: Any  # [N, TOKENS, FEATURES]: what each rank has computed
 
 
 LAYER_SPECS = Layer(P("tp"), P("tp"), P(), P())
@@ -232,8 +232,8 @@ def slow_producer(x: jax.Array, rounds: jax.Array) -> jax.Array:
 class Link(NamedTuple):
     """Values that one link of a chain hands to the next. Each rank has its own partial sums."""
 
-    partial_sums: jax.Array  # [N, tokens, FEATURES]
-    hidden: jax.Array  # [tokens, FEATURES]
+    partial_sums: Any  # [N, tokens, FEATURES]
+    hidden: Any  # [tokens, FEATURES]
 
 
 LINK_SPECS = Link(P("tp"), P())

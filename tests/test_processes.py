@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,6 +76,13 @@ def check_over_mesh(mesh, cases, implementation, *, exact_sum: bool) -> None:
                 assert_matches(case, inputs.tokens(start, stop), local, exact_sum=exact_sum)
 
 
+def facts_of(count: int) -> Any:
+    """Returns the facts of every process, after jga.initialize()."""
+    known = processes.known(count)
+    assert known is not None
+    return known
+
+
 # CPUs
 
 
@@ -88,7 +96,7 @@ def on_cpus(coordinator: str, index: int) -> None:
     jga.initialize()
     results = [
         *(jga.fusion_support(s, BF16, mesh=tp, axis_name="tp") for s in ((1, 640), (1, 1000))),
-        *processes.known(2),
+        *facts_of(2),
     ]
     # Processes that disagree would wait for each other here.
     check_over_mesh(tp, CASES[:2], None, exact_sum=False)
@@ -133,7 +141,7 @@ def with_other_devices(coordinator: str, index: int) -> None:
     mesh = make_mesh((2, 2), ("data", "tp"), jax.devices())
     with jax.set_mesh(mesh), jax.transfer_guard("disallow_explicit"):
         jga.initialize()
-    print(*(f"\nresult: {fact}" for fact in processes.known(2)), flush=True)
+    print(*(f"\nresult: {fact}" for fact in facts_of(2)), flush=True)
     support = jga.fusion_support((1, 640), BF16, mesh=mesh, axis_name="tp")
     print(f"\nresult: {support}", flush=True)
 
@@ -210,8 +218,14 @@ def in_loopback(directory: str, ranks: list[int], axis_size: int) -> None:
     jga.set_peer_timeout(20)
     for algorithm in ("one_shot", "two_shot"):
         for case in CASES[:4]:
-            options = {"local_ranks": tuple(ranks), "axis_size": axis_size, "rendezvous": directory}
-            call = jax.jit(functools.partial(loopback_tail, algorithm=algorithm, **options))
+            tail = functools.partial(
+                loopback_tail,
+                algorithm=algorithm,
+                local_ranks=tuple(ranks),
+                axis_size=axis_size,
+                rendezvous=directory,
+            )
+            call = jax.jit(tail)
             for seed in range(3):
                 inputs = make_inputs(dataclasses.replace(case, seed=seed), axis_size)
                 mine = inputs._replace(partial_sums=tuple(x[ranks] for x in inputs.partial_sums))
@@ -236,7 +250,7 @@ def test_loopback_in_two_processes(built, require_gpus, tmp_path, halves):
 
 SANDWICH = Case((3,), 640, op="sandwich", next_norms=1)
 # What ranks 0 and 1 call, (case, algorithm) each, and where the error tells them apart.
-DISAGREEMENTS = [
+DISAGREEMENTS: list[tuple[Any, ...]] = [
     ((SANDWICH, "one_shot"), (dataclasses.replace(SANDWICH, **change), algorithm), *differ)
     for change, algorithm, *differ in (
         ({"leading": (4,)}, "one_shot", "[3, 640]", "[4, 640]"),
@@ -249,7 +263,7 @@ DISAGREEMENTS = [
 
 def that_disagrees(directory: str, rank: int) -> None:
     jga.set_peer_timeout(20)
-    options = {"local_ranks": (rank,), "axis_size": 2, "rendezvous": directory}
+    options: dict[str, Any] = {"local_ranks": (rank,), "axis_size": 2, "rendezvous": directory}
 
     def call(case: Case, algorithm: str):
         inputs = make_inputs(case, 2)
@@ -331,16 +345,17 @@ def test_multi_gpu_processes(built, require_gpus, gpus_each):
 
 def without_ipc(coordinator: str, index: int) -> None:
     join(coordinator, 2, index, [index])
-    real = extension.load().try_ipc
+    built: Any = extension.load()
+    real = built.try_ipc
 
     def foreign(device, gather):
         """Runs as in separate containers: process 1 gets handles that it cannot open."""
         return real(device, lambda message: [bytes(len(b)) for b in gather(message)])
 
     if index == 1:
-        extension.load().try_ipc = foreign
+        built.try_ipc = foreign
     jga.initialize()
-    print(f"\nresult: {processes.known(2)[1].ipc_error > 0}", flush=True)
+    print(f"\nresult: {facts_of(2)[1].ipc_error > 0}", flush=True)
     support = jga.fusion_support((1, 640), BF16, mesh=mesh_over_all(), axis_name="tp")
     print(f"\nresult: {support}", flush=True)
 

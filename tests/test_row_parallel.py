@@ -1,6 +1,7 @@
 """Projections with their tails from outside shard_map, against the unsharded arithmetic."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -357,5 +358,5 @@ def test_audit(cpus):
     rows = (BATCH // 2, TOKENS, HIDDEN)
     for spec, kinds in ((P("fsdp"), ["all-reduce"]), (P("fsdp", None, "tp"), ["all-gather"] * 1)):
         placed = put(mesh, arrays, specs | {"residual": spec})
-        found = jga.audit(call.lower(placed).compile(), elements=np.prod(rows))
+        found = jga.audit(call.lower(placed).compile(), elements=math.prod(rows))
         assert sorted(c.kind for c in found if rows in c.shapes) == sorted({"all-reduce", *kinds})

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ ABSTRACT = jax.sharding.AbstractMesh((2, 2), ("data", "tp"))
 
 
 def decide(shape=(1, 5376), dtype=jnp.bfloat16, mesh=ABSTRACT, **options):
-    options = {"client": FakeClient()} | options
+    options = {"client": FakeClient(), **options}
     return decision.decide(shape, jnp.dtype(dtype), mesh=mesh, names=("tp",), **options)
 
 
@@ -238,7 +239,7 @@ def test_sizes_that_are_no_integers(shape):
 
 
 def test_symbolic_sizes(nvlinked):
-    shape = (*jax.export.symbolic_shape("tokens"), 5376)
+    shape: Any = (*jax.export.symbolic_shape("tokens"), 5376)
     decision = fusion_support(shape, jnp.bfloat16, mesh=ABSTRACT, axis_name="tp")
     assert decision.reason.startswith("x must have a static shape")
 

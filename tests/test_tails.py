@@ -26,6 +26,7 @@ from helpers.cases import (
     oracle,
     outputs_of,
     rank_sum,
+    rmsnorm,
 )
 from helpers.runners import (
     FLASHINFER,
@@ -292,14 +293,13 @@ def test_block_norms_before_it_adds(implementation):
         return jga.fused_post_ff(partial_sums, hidden, post_ff, 0.5, **options)
 
     def expected(*, norm_first: bool) -> np.ndarray:
-        def norm(row, scale):
-            return row / np.sqrt((row * row).mean(-1, keepdims=True) + 1e-6) * scale
-
         def tail(row, residual, scale):
-            return norm(row, scale) + residual if norm_first else norm(row + residual, scale)
+            if norm_first:
+                return rmsnorm(row, scale) + residual
+            return rmsnorm(row + residual, scale)
 
         hidden = tail(attended @ weights["out"], residual, scales[0])
-        gate, up = norm(hidden, scales[1]) @ weights["gate_up"]
+        gate, up = rmsnorm(hidden, scales[1]) @ weights["gate_up"]
         gelu = np.asarray(jax.nn.gelu(jnp.asarray(gate, F32)), np.float64)
         return 0.5 * tail((gelu * up) @ weights["down"], hidden, scales[2])
 

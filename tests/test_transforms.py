@@ -61,7 +61,8 @@ def kernel_on_gpus(mesh) -> str | None:
 
 def tp_call(case, mesh, **options):
     """The case's operation: Inputs with all ranks' sums -> hidden and the next norms."""
-    return mesh_call(case, mesh, **{"implementation": kernel_on_gpus(mesh)} | options)
+    options.setdefault("implementation", kernel_on_gpus(mesh))
+    return mesh_call(case, mesh, **options)
 
 
 def check(case, mesh, inputs, outputs) -> None:
@@ -137,19 +138,19 @@ def test_unreduced_operand(cpus):
             "tf,fd->td",
             activations,
             w_down,
-            out_sharding=jax.NamedSharding(mesh, P(None, None, unreduced={"tp"})),
+            out_sharding=jax.NamedSharding(mesh, P(None, None, unreduced=frozenset({"tp"}))),
         )
         return jax.shard_map(
             functools.partial(jga.fused_post_ff, axis_name="tp"),
             mesh=mesh,
-            in_specs=(P(unreduced={"tp"}), P(), P()),
+            in_specs=(P(unreduced=frozenset({"tp"})), P(), P()),
             out_specs=P(),
         )(x, residual, norm_scale)
 
     placed = put(
         mesh, (activations, w_down, residual, norm_scale), (P(None, "tp"), P("tp"), P(), P())
     )
-    expected = post_ff_tail(jnp.asarray(activations @ w_down), residual, norm_scale)
+    expected = post_ff_tail(*map(jnp.asarray, (activations @ w_down, residual, norm_scale)))
     np.testing.assert_allclose(np.asarray(call(*placed)), expected, rtol=2e-5, atol=2e-5)
 
 
@@ -452,8 +453,8 @@ def test_down_proj(devices, axis_type, token_spec):
         )
     )
     out = call(*placed)
-    product = jnp.asarray(activations @ w_down)
-    want = post_ff_tail(product, residual, norm_scale, jnp.asarray(layer_scalar), **options)
+    arrays = (activations @ w_down, residual, norm_scale, layer_scalar)
+    want = post_ff_tail(*map(jnp.asarray, arrays), **options)
     np.testing.assert_allclose(out, want, rtol=2e-4, atol=2e-4)
     if token_spec is not None or axis_type == AxisType.Explicit:
         assert out.sharding.spec[0] == "data"
@@ -465,7 +466,7 @@ def test_down_proj_reshards(cpus, axis_type):
     mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4], axis_type)
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(s, np.float32) for s in ((4, 64), (64, 640), (4, 640), (640,))]
-    want = post_ff_tail(jnp.asarray(arrays[0] @ arrays[1]), *arrays[2:])
+    want = post_ff_tail(*map(jnp.asarray, (arrays[0] @ arrays[1], *arrays[2:])))
     for specs in (
         (P(), P(), P(), P()),
         (P("data", "tp"), P("tp", "data"), P("data"), P("tp")),

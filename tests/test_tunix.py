@@ -3,6 +3,7 @@
 import functools
 import re
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def auto_mesh(cpus, fsdp, tp):
 
 def make(name, mesh, *, is_sampling=False, **options):
     """A model with random weights, on the mesh as Tunix shards them."""
-    module = gemma3 if name == "gemma3" else gemma4
+    module: Any = gemma3 if name == "gemma3" else gemma4
     shd_config = module.ShardingConfig.get_default_sharding(is_sampling)
     kind = module.Gemma3 if name == "gemma3" else module.Gemma4
     if isinstance(options.get("remat_config"), str):
@@ -110,7 +111,8 @@ def with_lora(model, mesh, weights=None):
         lora_b_initializer=jax.nn.initializers.normal(0.05),
         **({"weight_qtype": weights} if weights else {}),
     )
-    inputs = {name: value[:2] for name, value in batch().items() if name != "input_mask"}
+    inputs: dict[str, Any] = {name: value[:2] for name, value in batch().items()}
+    inputs.pop("input_mask")
     tokens = inputs.pop("input_tokens")
     with mesh:
         return qwix.apply_lora_to_model(
@@ -208,7 +210,7 @@ class Letters:
         return 0
 
 
-def sample(model, mesh):
+def sample(model, mesh) -> Any:
     cache = CacheConfig(cache_size=16, num_layers=2, num_kv_heads=4, head_dim=16)
     with mesh:
         sampler = Sampler(model, Letters(), cache)
@@ -224,7 +226,7 @@ def test_sampling(cpus, name):
     fused = sample(tunix.tensor_parallel(make(name, mesh, is_sampling=True), mesh), mesh)
     assert fused.text == plain.text
     assert len(set(plain.text[0].split())) > 1
-    for one, other in zip(fused.logits, plain.logits):
+    for one, other in zip(fused.logits, plain.logits, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 

@@ -6,7 +6,7 @@ is derived from the numerics contract (see `hidden_bound`), not tuned.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -81,13 +81,16 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """The arrays of a case; the same fields as the library's Operands, with all ranks' sums."""
+    """The arrays of a case, or what stands for each of them: a shape, a spec, an axis.
 
-    partial_sums: tuple[np.ndarray, ...]  # [N, *leading, D] each, one slice a rank
-    norm_scales: tuple[np.ndarray, ...]
-    residual: np.ndarray | None
-    layer_scalar: np.ndarray | None
-    next_norm_scales: tuple[np.ndarray, ...]
+    The same fields as the library's Operands, with all ranks' sums.
+    """
+
+    partial_sums: Any  # a tuple, [N, *leading, D] each, one slice a rank
+    norm_scales: Any  # a tuple
+    residual: Any
+    layer_scalar: Any
+    next_norm_scales: Any  # a tuple
 
     @property
     def dtype(self) -> np.dtype:
@@ -142,9 +145,9 @@ CASES = [
     *(Case((7,), 2816, op="moe_tail", next_norms=count) for count in (1, 2, 3)),
     Case((4,), 2560, op="moe_tail", layer_scalar=None, scale_offset=1.0, eps=1e-3),
     *(
-        Case(leading, hidden, op=op, next_norms=count, **dtypes)
+        dataclasses.replace(Case(leading, hidden, op=op, next_norms=count), **changes)
         for op, count in (("sandwich", 1), ("all_reduce_norm", 0), ("moe_tail", 3))
-        for leading, hidden, dtypes in (
+        for leading, hidden, changes in (
             ((), 640, {"layer_scalar": (1,)}),
             ((2, 3), 256, {"dtype": F16}),
             ((5,), 2816, {"dtype": F32}),
@@ -187,7 +190,7 @@ def make_inputs(case: Case, ranks: int) -> Inputs:
     if case.has_residual:
         residual = rng.standard_normal(shape).astype(case.residual_dtype or case.dtype)
     if case.has_layer_scalar:
-        layer_scalar = np.full(case.layer_scalar, 0.625 + 0.125 * rng.random(), scale_dtype)
+        layer_scalar = np.full(case.layer_scalar or (), 0.625 + 0.125 * rng.random(), scale_dtype)
     return Inputs(
         partial_sums=tuple(partial_sums),
         norm_scales=tuple(norm_scale() for _ in range(2 * case.branches - 1)),
@@ -232,21 +235,25 @@ def rank_sum(x: np.ndarray) -> np.ndarray:
     return total.astype(x.dtype)
 
 
+def rmsnorm(row: np.ndarray, scale: np.ndarray | float, eps: float = 1e-6) -> np.ndarray:
+    """The formula, in the dtype of its operands."""
+    return row / np.sqrt((row * row).mean(-1, keepdims=True) + eps) * scale
+
+
 # A norm takes a case, rows and their norm_scale, and returns the scaled rows, wide.
 
 
 def norm_float64(case: Case, row: np.ndarray, norm_scale: np.ndarray) -> np.ndarray:
-    row = row.astype(np.float64)
-    inverse_rms = 1 / np.sqrt((row * row).mean(-1, keepdims=True) + case.eps)
-    return row * inverse_rms * (case.scale_offset + norm_scale.astype(np.float64))
+    scale = case.scale_offset + norm_scale.astype(np.float64)
+    return rmsnorm(row.astype(np.float64), scale, case.eps)
 
 
 def norm_flax(case: Case, row: np.ndarray, norm_scale: np.ndarray) -> np.ndarray:
     with jax.default_device(jax.devices("cpu")[0]):
         scale = jnp.asarray(case.scale_offset + norm_scale.astype(np.float32))
         norm = nn.RMSNorm(epsilon=case.eps, dtype=jnp.float32)
-        row = jnp.asarray(row.astype(np.float32))
-        return np.asarray(norm.apply({"params": {"scale": scale}}, row))
+        rows = jnp.asarray(row.astype(np.float32))
+        return np.asarray(norm.apply({"params": {"scale": scale}}, rows))
 
 
 def compose(case: Case, inputs: Inputs, summed, norm):

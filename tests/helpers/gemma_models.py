@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +81,9 @@ def config(variant: str, layers: int | None = None):
     return gemma4_config.TransformerConfig(**common)
 
 
-def official(variant: str, layers: int | None = None, dtype=jnp.float32, **changes):
+def official(variant: str, layers: int | None = None, dtype=jnp.float32, **changes) -> Any:
     """changes: of the config."""
-    base = gemma3 if variant == "Gemma3" else gemma4
+    base: Any = gemma3 if variant == "Gemma3" else gemma4
     changed = dataclasses.replace(config(variant, layers), **changes)
     return base.Transformer(config=changed, dtype=dtype)
 

@@ -30,7 +30,7 @@ class Runner:
     gpus: int
     # Whether the rank sum is float32, rounded once, rather than psum's.
     exact_sum: bool
-    run: Callable[[Case, Inputs, list[jax.Device]], list[np.ndarray]]
+    run: Callable[[Case, Inputs, list[Any]], list[np.ndarray]]
     ops: tuple[str, ...] = OPS
     flashinfer: bool = False
 
