@@ -482,7 +482,7 @@ class Bench:
             yield row
 
     def floors(self, side: Side, cache: Cache, phase: str) -> dict[str, float]:
-        """The floor of a step, and that of a mixture of experts which reads all of them."""
+        """Returns the floor of a step; with a mixture of experts, also if it reads all of them."""
         config, params = self.official.config, self.param_structs(side)
         tokens = self.prompt if phase == "prefill" else 1
         work = step_work(config, params, cache, tokens)

@@ -746,7 +746,7 @@ def main() -> None:
         description="Tables on the terminal, plots beside the records."
     )
     parser.add_argument("records", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, help="folder of the plots; default: that of the record")
+    parser.add_argument("--out", type=Path, help="folder of the plots; default: beside the record")
     parser.add_argument(
         "--merge", metavar="NAME", help="make one record of them, NAME.json in --out"
     )

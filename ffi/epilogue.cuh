@@ -344,7 +344,7 @@ class Epilogue {
     __pipeline_memcpy_async(KeptScale(n, 0), from, sizeof(Half));
     if (size == 4) __pipeline_memcpy_async(KeptScale(n, 1), from + sizeof(Half), sizeof(Half));
   }
-  // Where the two halves are kept, those of neighbouring threads side by side.
+  // Where the two halves are kept: neighbouring threads' halves side by side.
   __device__ __forceinline__ Half* KeptScale(int n, int half) {
     return &scales_[(2 * n + half) * blockDim.x + threadIdx.x];
   }

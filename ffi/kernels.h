@@ -36,7 +36,7 @@ struct KernelKind {
   int branches;  // partial sums per token: 1, or 2 (dense and experts)
 };
 
-// How many scales a tail has, without those of next norms: one for each branch if there are
+// How many scales a tail has, without the scales of next norms: one for each branch if there are
 // several, and one for out.
 __host__ __device__ constexpr int OwnScales(int branches) {
   return branches == 1 ? 1 : 1 + branches;

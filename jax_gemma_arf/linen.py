@@ -71,7 +71,7 @@ class MLP(nn.Module):
 class FeedForward(nn.Module):
     """The second half of a block, ending in fused_post_ff or fused_sandwich.
 
-    Parameters, as in an official block: pre_ffw_norm/scale [D], those of MLP in mlp,
+    Parameters, as in an official block: pre_ffw_norm/scale [D], MLP's parameters in mlp,
     post_ffw_norm/scale [D] and, with layer_scalar, skip_scale [1].
 
     Attributes:

@@ -43,8 +43,8 @@ def loopback_tail(
     """The kernel of any fused operation, all ranks on one CUDA device.
 
     Args:
-      operands: those of the operation, with partial sums [N, ..., D] of N = 2, 4 or 8 ranks (with
-        local_ranks, [len(local_ranks), ..., D]; results likewise).
+      operands: the operation's operands, with partial sums [N, ..., D] of N = 2, 4 or 8 ranks
+        (with local_ranks, [len(local_ranks), ..., D]; results likewise).
       eps: added to each mean of squares.
       scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3.
       algorithm: "one_shot", "two_shot", or None for the rule of a mesh.

@@ -2,7 +2,7 @@
 
 Names and shapes of the parameters are google-deepmind/gemma's. A module is made outside of
 shard_map with the hidden units of all ranks; its state enters as ``param_specs`` says, and holds
-those of one rank inside::
+the hidden units of one rank inside::
 
     specs = block.param_specs()
     graph, state = nnx.split(block)
@@ -86,7 +86,7 @@ class MLP(nnx.Module):
 class FeedForward(nnx.Module):
     """The second half of a block, ending in fused_post_ff or fused_sandwich.
 
-    Parameters, as in an official block: pre_ffw_norm/scale [D], those of MLP in mlp,
+    Parameters, as in an official block: pre_ffw_norm/scale [D], MLP's parameters in mlp,
     post_ffw_norm/scale [D] and, with layer_scalar, skip_scale [1].
     """
 

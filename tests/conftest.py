@@ -12,8 +12,8 @@ from helpers.runners import make_mesh
 from jax_gemma_arf._src import extension
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Workspaces live outside JAX's memory pool, and loopback keeps those of all ranks on one GPU: with
-# the pool preallocated, NCCL and the tests' child processes would find no memory left.
+# Workspaces live outside JAX's memory pool, and loopback keeps the workspaces of all ranks on one
+# GPU: with the pool preallocated, NCCL and the tests' child processes would find no memory left.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Ranks that wait for each other in vain shall say so, and fail, before pytest's timeout.
 jax_gemma_arf.set_peer_timeout(20)

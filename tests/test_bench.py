@@ -323,7 +323,7 @@ def test_second_norm_chain_is_checked(cpus):
 
 
 def test_cost_of_the_second_norm():
-    """Is that of pairs of samples, so that what drifts does not count."""
+    """It is taken pair by pair of samples, so that what drifts does not count."""
 
     def chain(name, samples, **more):
         line = {"op": "second_norm", "hidden": 640, "tokens": 4, "flag_set": "A", "matches": True}

@@ -145,7 +145,10 @@ def test_slot_protocol_in_loopback(slot_protocol, require_gpus):
 
 
 # The rules of CONTRIBUTING.md that a pattern can find.
-UNCLEAR = re.compile(r'"""(What|Of|As|Those|Whether)\b|\bso many\b|\bfor ever\b|\bone\'s own\b')
+UNCLEAR = re.compile(
+    r'"""(What|Of|As|Those|Whether)\b|\bso many\b|\bfor ever\b|\bone\'s own\b'
+    r"|\b(that|those) of\b"
+)
 WRITTEN = {".py", ".pyi", ".md", ".sh", ".cc", ".cu", ".cuh", ".h"}
 
 

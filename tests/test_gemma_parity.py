@@ -84,8 +84,8 @@ def test_each_block(variant, blocks, ranks):
 
 def test_router():
     """The official router normalises the experts' input, which is the residual stream normed and
-    scaled; that of transformers normalises the residual stream. They differ, by more than folding
-    weights could mend, unless that scale is 1, as it is in the other tests. Here it is not."""
+    scaled; the router of transformers normalises the residual stream. They differ, by more than
+    folding weights could mend, unless that scale is 1, as in the other tests, but not here."""
     params = gemma_models.params("26B", plain_router=False)
     official = gemma_models.prefill(gemma_models.official("26B"), params)["logits"]
     model, place = sharded("26B", 2)

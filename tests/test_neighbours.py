@@ -145,7 +145,7 @@ def one_by_one(where: Place):
 def test_matmuls_around_the_tails(where, options):
     """Hazards 3 and 4: a tail reads partial sums that are finished, and the next matmul rows that
     are, also where XLA's kernels are launched to overlap. Other data in every run: what was read
-    too early would be that of the run before."""
+    too early would be the result of the run before."""
     layers = make_layers(where)
     states = [make_state(where, seed) for seed in range(4)]
     call = jax.jit(model(where), compiler_options=options)

@@ -122,8 +122,8 @@ def fused_sandwich[NormScales: (jax.Array, tuple[jax.Array, ...])](
     Args:
       x, residual, norm_scale, layer_scalar: as in fused_post_ff.
       next_norm_scale: [D], replicated: of the pre-norm of the block's next half, or of the next
-        block's first. Or a tuple of 1 to 3 of them, where several norms read the row, as those of a
-        mixture-of-experts block's router, experts and dense branch.
+        block's first. Or a tuple of 1 to 3 of them, where several norms read the row, as in a
+        mixture-of-experts block: of its router, its experts and its dense branch.
       axis_name, eps, scale_offset, implementation: as in fused_post_ff, for all of the norms.
 
     Returns:

@@ -46,7 +46,7 @@ class Operands(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of all results: residual's, or without one that of the partial sums."""
+        """The dtype of all results: residual's, or without a residual the partial sums'."""
         return (self.partial_sums[0] if self.residual is None else self.residual).dtype
 
 

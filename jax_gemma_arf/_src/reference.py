@@ -34,7 +34,7 @@ def tail(operands: Operands, *, eps: float, scale_offset: float) -> tuple[jax.Ar
         hidden = (norm(row, w) + residual) * layer_scalar,    rounded once
         normed = norm(hidden, next_w)             for each next norm, of the rounded row
 
-    All arithmetic is float32; the roundings are those of the results. A model without the fused
+    All arithmetic is float32, and only the results are rounded. A model without the fused
     operation hands hidden to its next norm in hidden's dtype, and so does this.
 
     Args:

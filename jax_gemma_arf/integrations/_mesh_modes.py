@@ -107,7 +107,7 @@ def without_mesh(tree: Any) -> Any:
 
 
 def _transpose(cotangent, primal):
-    """The mode of the cotangent is that of whatever the result was combined with."""
+    """Converts the cotangent, whose mode comes from whatever the result was combined with."""
     return (in_auto_mode(primal.aval.sharding.mesh, cotangent),)
 
 

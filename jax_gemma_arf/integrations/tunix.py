@@ -151,7 +151,7 @@ def _projection(module: nnx.Module, x: jax.Array, site: _Site, **options: Any) -
     graph, state = nnx.split(module)
     if jax.tree.leaves(nnx.state(module, nnx.RngState)):
         raise ValueError(
-            f"{type(module).__name__} must have no random state, such as that of LoRA's dropout, "
+            f"{type(module).__name__} must have no random state, such as LoRA's dropout has, "
             "which one rank cannot advance for all"
         )
     specs = nnx.get_partition_spec(state)

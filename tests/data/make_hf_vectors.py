@@ -66,7 +66,7 @@ def build(variant: str) -> torch.nn.Module:
 
 
 def official(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:  # noqa: PLR0911, PLR0912
-    """The parameter that transformers calls name, out of those of the official tree."""
+    """Returns the parameter that transformers calls name, out of the official tree."""
     if name == "embed_tokens.weight":
         return sizes.weight("embedder/input_embedding", shape)
     if name == "embed_tokens_per_layer.weight":

@@ -323,7 +323,7 @@ def mistakes(case: Case, inputs: Inputs) -> dict[str, list[np.ndarray]]:
 
 # What 16 float32 roundings can do, relative to a term: the row sum, rsqrt, and products and sums.
 FLOAT32_ERROR = 16 * 2.0**-24
-# XLA takes float32 subnormals for zero on CPUs: those of a sum, and of its terms on 8 ranks.
+# XLA takes float32 subnormals for zero on CPUs: sums, and the terms of a sum on 8 ranks.
 FLUSHED = 9 * float(ml_dtypes.finfo(np.float32).smallest_normal)
 
 
@@ -379,8 +379,8 @@ def hidden_bound(case: Case, inputs: Inputs, expected: np.ndarray, *, exact_sum:
 def assert_matches(case: Case, inputs: Inputs, outputs, *, exact_sum: bool, norm=norm_float64):
     """All outputs against an oracle, NaN for NaN and infinity for infinity.
 
-    A next norm is compared with that of the hidden that came out: hidden has been compared itself,
-    and is rounded, so this leaves nothing but the rounding of the norm.
+    A next norm is compared with the norm of the hidden that came out. hidden has been compared
+    itself, and is rounded, so this leaves nothing but the rounding of the norm.
     """
     hidden, *normed = outputs
     assert len(normed) == case.next_norms
