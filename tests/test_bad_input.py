@@ -175,13 +175,13 @@ BAD_OTHERS = {
         "moe_tail",
         {"next_norm_scale": ()},
         ValueError,
-        r"next_norm_scale must be an array \[D\] or a tuple of 1 to 3, got a tuple of 0",
+        r"next_norm_scale must be an array \[D\] or a tuple or list of 1 to 3, got 0",
     ),
     "four_next_norm_scales": (
         "sandwich",
         {"next_norm_scale": (SCALE,) * 4},
         ValueError,
-        "or a tuple of 1 to 3, got a tuple of 4",
+        "or a tuple or list of 1 to 3, got 4",
     ),
     "norm_only_scale_shape": (
         "all_reduce_norm",

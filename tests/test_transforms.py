@@ -412,12 +412,17 @@ def test_axis_of_size_one(cpus, case):
 
 
 def test_next_norms_come_as_they_went(mesh):
-    """An array for an array, and a tuple for a tuple, of one as well."""
+    """An array for an array, and a tuple or list for a tuple or list, of one as well."""
     row, scale = jax.ShapeDtypeStruct((4, 640), BF16), jax.ShapeDtypeStruct((640,), BF16)
     sums = jax.ShapeDtypeStruct((8, 640), BF16)
     sandwich = functools.partial(jga.fused_sandwich, axis_name="tp")
     moe = functools.partial(jga.fused_moe_tail, axis_name="tp")
-    for next_norm_scale, normed in ((scale, row), ((scale,), (row,)), ((scale,) * 3, (row,) * 3)):
+    for next_norm_scale, normed in (
+        (scale, row),
+        ((scale,), (row,)),
+        ((scale,) * 3, (row,) * 3),
+        ([scale] * 2, [row] * 2),
+    ):
 
         def local(x, residual, norm_scale, next_norm_scale):
             others = (residual, norm_scale, norm_scale, norm_scale)

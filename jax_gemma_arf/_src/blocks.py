@@ -64,7 +64,7 @@ def tail(
 
 
 def while_initializing(
-    h: jax.Array, next_norm_scale: jax.Array | tuple[jax.Array, ...] | None = None
+    h: jax.Array, next_norm_scale: jax.Array | tuple[jax.Array, ...] | list[jax.Array] | None = None
 ) -> Any:
     """Stands in for ``tail`` while parameters are made: h in place of each result of its structure.
 
@@ -73,11 +73,11 @@ def while_initializing(
       next_norm_scale: as in fused_sandwich, or None.
 
     Returns:
-      h, or with next_norm_scale (h, h), or (h, (h, ...)) where next_norm_scale is a tuple.
+      h, or with next_norm_scale (h, next_norm_scale with h in place of each array).
     """
     if next_norm_scale is None:
         return h
-    return h, (h,) * len(next_norm_scale) if isinstance(next_norm_scale, tuple) else h
+    return h, jax.tree.map(lambda _: h, next_norm_scale)
 
 
 def stacked(spec: PartitionSpec, axes: int) -> PartitionSpec:

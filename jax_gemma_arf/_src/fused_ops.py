@@ -96,7 +96,7 @@ def fused_post_ff(
     return hidden
 
 
-def fused_sandwich[NormScales: (jax.Array, tuple[jax.Array, ...])](
+def fused_sandwich[NormScales: (jax.Array, tuple[jax.Array, ...], list[jax.Array])](
     x: jax.Array,
     residual: jax.Array,
     norm_scale: jax.Array,
@@ -122,8 +122,8 @@ def fused_sandwich[NormScales: (jax.Array, tuple[jax.Array, ...])](
     Args:
       x, residual, norm_scale, layer_scalar: as in fused_post_ff.
       next_norm_scale: [D], replicated: of the pre-norm of the block's next half, or of the next
-        block's first. Or a tuple of 1 to 3 of them, where several norms read the row, as in a
-        mixture-of-experts block: of its router, its experts and its dense branch.
+        block's first. Or a tuple or list of 1 to 3 of them, where several norms read the row, as
+        the router, the experts and the dense branch of a mixture-of-experts block do.
       axis_name, eps, scale_offset, implementation: as in fused_post_ff, for all of the norms.
 
     Returns:
@@ -209,7 +209,7 @@ def fused_moe_tail(
 
 
 @overload
-def fused_moe_tail[NormScales: (jax.Array, tuple[jax.Array, ...])](
+def fused_moe_tail[NormScales: (jax.Array, tuple[jax.Array, ...], list[jax.Array])](
     dense: jax.Array,
     experts: jax.Array,
     residual: jax.Array,
@@ -235,7 +235,7 @@ def fused_moe_tail(
     norm_scale: jax.Array,
     layer_scalar: jax.Array | float | None = None,
     *,
-    next_norm_scale: jax.Array | tuple[jax.Array, ...] | None = None,
+    next_norm_scale: jax.Array | tuple[jax.Array, ...] | list[jax.Array] | None = None,
     axis_name: AxisName,
     eps: float = 1e-6,
     scale_offset: float = 0.0,
@@ -332,5 +332,7 @@ def _check_flashinfer(operands: Operands) -> None:
 
 
 def _like(next_norm_scale, normed: list[jax.Array]) -> Any:
-    """A tuple where next_norm_scale was one, else the one array."""
+    """Returns a list or a tuple where next_norm_scale was one, else the one array."""
+    if isinstance(next_norm_scale, list):
+        return normed
     return tuple(normed) if isinstance(next_norm_scale, tuple) else normed[0]

@@ -56,14 +56,14 @@ def as_operands(
     """Returns an operation's arguments as arrays."""
     if next_norm_scale is None:
         next_norm_scales = ()
-    elif not isinstance(next_norm_scale, tuple):
+    elif not isinstance(next_norm_scale, tuple | list):
         next_norm_scales = (next_norm_scale,)
     elif 1 <= len(next_norm_scale) <= MAX_NEXT_NORMS:
         next_norm_scales = next_norm_scale
     else:
         raise ValueError(
-            f"next_norm_scale must be an array [D] or a tuple of 1 to {MAX_NEXT_NORMS}, got a "
-            f"tuple of {len(next_norm_scale)}"
+            f"next_norm_scale must be an array [D] or a tuple or list of 1 to {MAX_NEXT_NORMS}, "
+            f"got {len(next_norm_scale)}"
         )
     return Operands(
         tuple(map(jnp.asarray, partial_sums)),

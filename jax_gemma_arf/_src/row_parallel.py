@@ -58,7 +58,7 @@ def row_parallel_post_ff(
     *,
     axis_name: AxisName,
     mesh: AnyMesh | None = None,
-    next_norm_scale: jax.Array | tuple[jax.Array, ...] | None = None,
+    next_norm_scale: jax.Array | tuple[jax.Array, ...] | list[jax.Array] | None = None,
     bias: jax.Array | None = None,
     params_spec: Any = None,
     x_spec: PartitionSpec | None = None,
@@ -84,7 +84,7 @@ def row_parallel_post_ff(
       layer_scalar: () or (1,), or None for 1.
       axis_name: the mesh axis (or axes) of tensor parallelism.
       mesh: the mesh; None for the current one, which ``jax.set_mesh`` sets.
-      next_norm_scale: None, or as in fused_sandwich: [D], or a tuple of 1 to 3.
+      next_norm_scale: None, or as in fused_sandwich: [D], or a tuple or list of 1 to 3.
       token_spec: how the leading axes of x and residual are sharded over the other axes of the
         mesh, such as P("fsdp"). None: as residual's type says if the mesh is Explicit, else not at
         all: operands that are sharded otherwise are gathered, and every rank computes all tokens.
@@ -128,7 +128,7 @@ def row_parallel_moe_tail(
     *,
     axis_name: AxisName,
     mesh: AnyMesh | None = None,
-    next_norm_scale: jax.Array | tuple[jax.Array, ...] | None = None,
+    next_norm_scale: jax.Array | tuple[jax.Array, ...] | list[jax.Array] | None = None,
     token_spec: PartitionSpec | None = None,
     eps: float = 1e-6,
     scale_offset: float = 0.0,
