@@ -1,5 +1,6 @@
 """Builds the reference: ``make docs``."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -56,6 +57,13 @@ class Output(SphinxDirective):
         return [nodes.literal_block(text, text, language="text")]
 
 
+def defining_module(app: Sphinx, module: str, attribute: str) -> str | None:
+    """Returns the module with the source of a public function, which calls itself by another."""
+    public = getattr(importlib.import_module(module), attribute.partition(".")[0], None)
+    return getattr(public, "__globals__", {}).get("__name__")
+
+
 def setup(app: Sphinx) -> None:
-    """Registers the directive."""
+    """Registers the directive and the links to sources."""
     app.add_directive("output", Output)
+    app.connect("viewcode-follow-imported", defining_module)
