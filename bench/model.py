@@ -13,10 +13,10 @@ more, one by one, in a loop inside one jit, at several batch sizes. "sampler" is
 package's own samplers (gm.text.Sampler and Gemma4Sampler share it), greedy, at the smallest batch.
 
 A row has microseconds a step (wall time) and the floor. A decode on GPUs also has the number of
-kernels a step and where the time goes, from a profile. The first sequence
-of every prefill and decode is compared with the logits of the official model; the other sequences
-decode other tokens behind the same prompt. On a CPU, where times mean nothing, a cut-down model
-tries the script out without "fused".
+kernels a step and where the time goes, from a profile. The first sequence of every prefill and
+decode is compared with the logits of the official model; the other sequences decode other tokens
+behind the same prompt. On a CPU, where times mean nothing, a cut-down model tries the script out
+without "fused".
 """
 
 import argparse
@@ -468,7 +468,7 @@ class Bench:
                 if phase == "sampler":
                     row["matches"] = int(out) == self.steps
                 else:
-                    row["relative_error"] = relative_error(out[:1], want)
+                    row["relative_error"] = common.relative_error(out[:1], want)
                     row["matches"] = row["relative_error"] <= BOUND
                 steps = 1 if phase == "prefill" else self.steps
                 row["step_us"] = clock.microseconds(run, steps)
@@ -559,17 +559,6 @@ def copies(cache: Cache, batch: int) -> Cache:
     shardings = jax.tree.map(lambda a: a.sharding, cache)
     repeat = functools.partial(jnp.repeat, repeats=batch, axis=0)
     return jax.jit(lambda c: jax.tree.map(repeat, c), out_shardings=shardings)(cache)
-
-
-@jax.jit
-def _relative_error(out: jax.Array, want: jax.Array) -> jax.Array:
-    out, want = out.astype(jnp.float32), want.astype(jnp.float32)
-    return jnp.linalg.norm(out - want) / jnp.linalg.norm(want)
-
-
-def relative_error(out: jax.Array, want: jax.Array) -> float:
-    """||out - want|| / ||want|| of the logits of one sequence, [1, V]."""
-    return float(_relative_error(out, want))
 
 
 def work(arguments: argparse.Namespace) -> None:

@@ -239,8 +239,9 @@ def block_markdown(record: Record) -> str:
 def _gap(rows: Sequence[dict[str, Any]], tokens: int, name: str) -> str:
     """The gap in front of a tail, in a profile."""
     for row in rows:
-        if row["tokens"] == tokens and row["implementation"] == name and row.get("gap_us"):
-            return f"{row['gap_us']:.2f}"
+        gap = row.get("gap_us")
+        if row["tokens"] == tokens and row["implementation"] == name and gap is not None:
+            return f"{gap:.2f}"
     return "-"
 
 

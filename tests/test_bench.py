@@ -81,6 +81,13 @@ def test_gap_in_front_of_a_class():
     assert xplane.gap(kernels, "all-reduce") is None
 
 
+def test_a_gap_of_nothing_is_shown():
+    """A tail that starts before the kernel in front ends has a gap of 0, not an unknown one."""
+    rows = [{"tokens": 1, "implementation": "fused", "gap_us": 0.0}]
+    assert report._gap(rows, 1, "fused") == "0.00"
+    assert report._gap(rows, 16, "fused") == "-"
+
+
 def test_overlapping_kernels_count_once():
     kernels = [xplane.Kernel("nccl", 0, 10), xplane.Kernel("gemm", 4, 6), xplane.Kernel("x", 8, 12)]
     assert xplane.busy(kernels) == 12
