@@ -44,7 +44,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
 from jax_gemma_arf._src import decision, extension
-from jax_gemma_arf._src.operands import AXIS_SIZES, Operands
+from jax_gemma_arf._src.operands import AXIS_SIZES, TWO_BRANCHES, Operands
 from jax_gemma_arf.loopback import loopback_tail
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -133,16 +133,25 @@ def all_reduce_norm_link(call, state, cold):
 
 
 def moe_tail_oracle(
-    dense, experts, residual, dense_scale, expert_scale, norm_scale, scalar, *, next_norm_scale
+    dense,
+    experts,
+    residual,
+    layer_scalar,
+    *,
+    dense_norm_scale,
+    expert_norm_scale,
+    norm_scale,
+    next_norm_scale,
 ):
-    branches = rmsnorm(rank_sum(dense), dense_scale) + rmsnorm(rank_sum(experts), expert_scale)
-    hidden = ((rmsnorm(branches, norm_scale) + residual) * scalar).astype(dense.dtype)
+    branches = rmsnorm(rank_sum(dense), dense_norm_scale)
+    branches += rmsnorm(rank_sum(experts), expert_norm_scale)
+    hidden = ((rmsnorm(branches, norm_scale) + residual) * layer_scalar).astype(dense.dtype)
     return hidden, rmsnorm(hidden, next_norm_scale).astype(dense.dtype)
 
 
 def moe_tail_link(call, state, cold):
-    scales, next_norm_scale = cold.scales[:3], cold.scales[3]
-    return call(*state, cold.residual, *scales, SCALAR, next_norm_scale=next_norm_scale)
+    names = (*TWO_BRANCHES.scales, "next_norm_scale")
+    return call(*state, cold.residual, SCALAR, **dict(zip(names, cold.scales)))
 
 
 OPS = {
@@ -161,8 +170,12 @@ OPERANDS = {
         (x,), (scale,), residual, scalar, (next_norm_scale,)
     ),
     "all_reduce_norm": lambda x, scale: Operands((x,), (scale,)),
-    "moe_tail": lambda dense, experts, residual, *scales, next_norm_scale: Operands(
-        (dense, experts), scales[:3], residual, scales[3], (next_norm_scale,)
+    "moe_tail": lambda dense, experts, residual, scalar, *, next_norm_scale, **scales: Operands(
+        (dense, experts),
+        tuple(scales[name] for name in TWO_BRANCHES.scales),
+        residual,
+        scalar,
+        (next_norm_scale,),
     ),
 }
 
@@ -172,11 +185,11 @@ def loopback_call(
     *arrays,
     algorithm: str | None = None,
     implementation: str = "cuda",
-    **next_norm,
+    **scales,
 ):
     """A fused operation with the partial sums of all ranks, [N, tokens, D], on one GPU."""
     options = {"algorithm": algorithm, "implementation": implementation}
-    results = loopback_tail(OPERANDS[op](*arrays, **next_norm), **options)
+    results = loopback_tail(OPERANDS[op](*arrays, **scales), **options)
     hidden, *normed = results
     return results if normed else hidden
 

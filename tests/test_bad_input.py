@@ -450,6 +450,13 @@ def test_unreduced_over_another_axis(cpus, op, name):
         trace(mesh, op, {name: P(unreduced=frozenset({"data", "tp"}))})
 
 
+@pytest.mark.parametrize("call", [jga.fused_moe_tail, jga.row_parallel_moe_tail])
+def test_positional_scales_of_two_branches(call):
+    """Positional scales could be swapped without an error."""
+    with pytest.raises(TypeError, match="takes from 3 to 4 positional arguments but 6"):
+        call(*[ROW] * 3, *[SCALE] * 3, axis_name="tp")
+
+
 def test_cuda_on_cpu_says_why(mesh):
     operands = np.ones((2, 4, 640), F32), np.ones((4, 640), F32), np.ones(640, F32)
     mapped = jax.shard_map(

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import jax_gemma_arf as jga
 from helpers.runners import make_mesh
 from jax_gemma_arf._src import extension, lowering
-from jax_gemma_arf._src.operands import Operands
+from jax_gemma_arf._src.operands import TWO_BRANCHES, Operands
 from jax_gemma_arf.loopback import loopback_tail
 
 X, SCALE = jax.ShapeDtypeStruct((4, 640), jnp.bfloat16), jax.ShapeDtypeStruct((640,), jnp.bfloat16)
@@ -84,7 +84,8 @@ def test_runs_on_gpus_alone(flashinfer, mesh):
 
 def test_no_moe_tail(mesh):
     def call(x, w):
-        return jga.fused_moe_tail(x, x, x, w, w, w, axis_name="tp", implementation="flashinfer")
+        scales: dict[str, Any] = dict.fromkeys(TWO_BRANCHES.scales, w)
+        return jga.fused_moe_tail(x, x, x, **scales, axis_name="tp", implementation="flashinfer")
 
     with pytest.raises(NotImplementedError, match=r"flashinfer.* is not there for fused_moe_tail"):
         on_mesh(call, mesh).trace(X, SCALE)

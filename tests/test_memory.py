@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jax_gemma_arf as jga
 from helpers.runners import check_docstring_example, make_mesh
 from jax_gemma_arf._src import decision
+from jax_gemma_arf._src.operands import TWO_BRANCHES
 
 TP2 = jax.sharding.AbstractMesh((2,), ("tp",))
 
@@ -77,7 +78,8 @@ def test_multi_gpu_reserve(built, require_gpus, branches):
         options: dict[str, Any] = {"axis_name": "tp", "implementation": "cuda"}
         if branches == 1:
             return jga.fused_all_reduce_norm(x, scale, **options)
-        return jga.fused_moe_tail(x, x, x, scale, scale, scale, **options)
+        scales: dict[str, Any] = dict.fromkeys(TWO_BRANCHES.scales, scale)
+        return jga.fused_moe_tail(x, x, x, **scales, **options)
 
     run = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(P(),), out_specs=P(), check_vma=False))
     for tokens in (1, 6, 7, 100, 195, 196, 899, 900):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax_gemma_arf._src.reference import tail
 
 BATCH, TOKENS, HIDDEN, HEADS, HEAD = 4, 3, 256, 4, 8
 UNITS = HEADS * HEAD
-OPTIONS = {"eps": 0.1, "scale_offset": 1.0}
+OPTIONS: dict[str, Any] = {"eps": 0.1, "scale_offset": 1.0}
 
 
 def matrix(params, x):
@@ -248,7 +249,9 @@ def test_moe(cpus):
                 check_linear=False,
             ),
             residual,
-            *scales,
+            dense_norm_scale=scales[0],
+            expert_norm_scale=scales[1],
+            norm_scale=scales[2],
             next_norm_scale=(arrays["next_norm_scale"],),
             axis_name="tp",
             mesh=mesh,

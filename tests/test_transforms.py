@@ -5,6 +5,7 @@ theirs."""
 import dataclasses
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import jax_gemma_arf as jga
 from helpers.cases import BF16, F32, OPS, Case, assert_matches, compose, make_inputs
 from helpers.runners import call_op, in_specs, make_mesh, mesh_call, one_rank, place
 from jax_gemma_arf._src import lowering
+from jax_gemma_arf._src.operands import TWO_BRANCHES
 from jax_gemma_arf._src.reference import post_ff_tail
 
 NEXT_NORMS = {"sandwich": 1, "moe_tail": 2}
@@ -425,11 +427,11 @@ def test_next_norms_come_as_they_went(mesh):
     ):
 
         def local(x, residual, norm_scale, next_norm_scale):
-            others = (residual, norm_scale, norm_scale, norm_scale)
+            scales: dict[str, Any] = dict.fromkeys(TWO_BRANCHES.scales, norm_scale)
             return (
                 sandwich(x, residual, norm_scale, next_norm_scale=next_norm_scale),
-                moe(x, x, *others, next_norm_scale=next_norm_scale),
-                moe(x, x, *others),
+                moe(x, x, residual, **scales, next_norm_scale=next_norm_scale),
+                moe(x, x, residual, **scales),
             )
 
         call = jax.shard_map(local, mesh=mesh, in_specs=(P("tp"), P(), P(), P()), out_specs=P())

@@ -195,11 +195,11 @@ def fused_moe_tail(
     dense: jax.Array,
     experts: jax.Array,
     residual: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
     dense_norm_scale: jax.Array,
     expert_norm_scale: jax.Array,
     norm_scale: jax.Array,
-    layer_scalar: jax.Array | float | None = None,
-    *,
     next_norm_scale: None = None,
     axis_name: AxisName,
     eps: float = 1e-6,
@@ -213,11 +213,11 @@ def fused_moe_tail[NormScales: (jax.Array, tuple[jax.Array, ...], list[jax.Array
     dense: jax.Array,
     experts: jax.Array,
     residual: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
     dense_norm_scale: jax.Array,
     expert_norm_scale: jax.Array,
     norm_scale: jax.Array,
-    layer_scalar: jax.Array | float | None = None,
-    *,
     next_norm_scale: NormScales,
     axis_name: AxisName,
     eps: float = 1e-6,
@@ -230,11 +230,11 @@ def fused_moe_tail(
     dense: jax.Array,
     experts: jax.Array,
     residual: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
     dense_norm_scale: jax.Array,
     expert_norm_scale: jax.Array,
     norm_scale: jax.Array,
-    layer_scalar: jax.Array | float | None = None,
-    *,
     next_norm_scale: jax.Array | tuple[jax.Array, ...] | list[jax.Array] | None = None,
     axis_name: AxisName,
     eps: float = 1e-6,
@@ -257,10 +257,10 @@ def fused_moe_tail(
       dense: [..., D], this rank's partial sums of the dense branch.
       experts: [..., D], dense's dtype: this rank's partial sums of the routed experts' branch.
       residual: [..., D], replicated over axis_name.
+      layer_scalar: () or (1,), or None for 1.
       dense_norm_scale: [D], replicated: of the dense branch's post-norm.
       expert_norm_scale: [D], replicated: of the experts' post-norm.
       norm_scale: [D], replicated: of the post-norm of the branches' sum.
-      layer_scalar: () or (1,), or None for 1.
       next_norm_scale: None, or as in fused_sandwich.
       axis_name, eps, scale_offset, implementation: as in fused_post_ff, for all of the norms;
         "flashinfer" is not there for this operation.
@@ -272,7 +272,13 @@ def fused_moe_tail(
       >>> @jax.shard_map(mesh=mesh, in_specs=(P("tp"), P("tp"), P(), P(), P(), P()), out_specs=P())
       ... def tail(dense, experts, residual, dense_scale, expert_scale, scale):
       ...     return jga.fused_moe_tail(
-      ...         dense[0], experts[0], residual, dense_scale, expert_scale, scale, axis_name="tp"
+      ...         dense[0],
+      ...         experts[0],
+      ...         residual,
+      ...         dense_norm_scale=dense_scale,
+      ...         expert_norm_scale=expert_scale,
+      ...         norm_scale=scale,
+      ...         axis_name="tp",
       ...     )
       >>> ones = functools.partial(jnp.ones, dtype=jnp.bfloat16)
       >>> dense, experts = 2 * ones((2, 4, 256)), 3 * ones((2, 4, 256))  # partial sums of two ranks

@@ -12,7 +12,7 @@ from jax_gemma_arf._src import extension
 from jax_gemma_arf._src.decision import choose_algorithm, fusion_support
 from jax_gemma_arf._src.fused_ops import fused_all_reduce_norm, fused_moe_tail
 from jax_gemma_arf._src.mesh import AnyMesh, AxisName, axis_names, group_size
-from jax_gemma_arf._src.operands import AXIS_SIZES
+from jax_gemma_arf._src.operands import AXIS_SIZES, TWO_BRANCHES
 
 
 def workspace_bytes(
@@ -95,7 +95,8 @@ def reserve(
             if size.branches == 1:
                 outputs.append(fused_all_reduce_norm(x, scale, **options))
             else:
-                outputs.append(fused_moe_tail(x, x, x, scale, scale, scale, **options))
+                scales: Any = dict.fromkeys(TWO_BRANCHES.scales, scale)
+                outputs.append(fused_moe_tail(x, x, x, **scales, **options))
         return tuple(out[0, 0] for out in outputs)
 
     # Partial sums that are equal on all ranks, which check_vma would refuse.

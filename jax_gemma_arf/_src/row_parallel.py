@@ -104,7 +104,7 @@ def row_parallel_post_ff(
     return _row_parallel(
         (projection,),
         residual,
-        (norm_scale,),
+        {"norm_scale": norm_scale},
         layer_scalar,
         next_norm_scale,
         mesh=mesh,
@@ -121,11 +121,11 @@ def row_parallel_moe_tail(
     dense: Projection,
     experts: Projection,
     residual: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
     dense_norm_scale: jax.Array,
     expert_norm_scale: jax.Array,
     norm_scale: jax.Array,
-    layer_scalar: jax.Array | float | None = None,
-    *,
     axis_name: AxisName,
     mesh: AnyMesh | None = None,
     next_norm_scale: jax.Array | tuple[jax.Array, ...] | list[jax.Array] | None = None,
@@ -145,7 +145,7 @@ def row_parallel_moe_tail(
         not linear: ``check_linear=False``, and ``x_spec`` for an x that is not sharded over
         axis_name.
       residual: [..., D], replicated over axis_name.
-      dense_norm_scale, expert_norm_scale, norm_scale, layer_scalar: as in fused_moe_tail.
+      layer_scalar, dense_norm_scale, expert_norm_scale, norm_scale: as in fused_moe_tail.
       axis_name, mesh, next_norm_scale, token_spec, check_vma: as in row_parallel_post_ff.
       eps, scale_offset, implementation: as in fused_post_ff.
 
@@ -158,7 +158,11 @@ def row_parallel_moe_tail(
     return _row_parallel(
         (dense, experts),
         residual,
-        (dense_norm_scale, expert_norm_scale, norm_scale),
+        {
+            "dense_norm_scale": dense_norm_scale,
+            "expert_norm_scale": expert_norm_scale,
+            "norm_scale": norm_scale,
+        },
         layer_scalar,
         next_norm_scale,
         mesh=mesh,
@@ -290,7 +294,6 @@ def _row_parallel(
         shape = operands["residual"].shape
         arrays = zip(projections, operands["params"], operands["x"], operands["bias"])
         sums = [_partial_sums(*array, shape, names) for array in arrays]
-        others = operands["residual"], *operands["norm_scales"], operands["layer_scalar"]
         following = {"next_norm_scale": operands["next_norm_scale"]}
         if len(sums) == 2:
             tail: Any = functools.partial(fused_moe_tail, **following)
@@ -298,7 +301,14 @@ def _row_parallel(
             tail = fused_post_ff
         else:
             tail = functools.partial(fused_sandwich, **following)
-        return tail(*sums, *others, axis_name=names, **options)
+        return tail(
+            *sums,
+            operands["residual"],
+            layer_scalar=operands["layer_scalar"],
+            **operands["norm_scales"],
+            axis_name=names,
+            **options,
+        )
 
     if _is_explicit(mesh):  # where shard_map demands operands that are sharded as it is told
         operands = jax.tree.map(

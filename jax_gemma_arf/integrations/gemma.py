@@ -690,10 +690,10 @@ def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
         layer.mlp.apply({"params": p["mlp2"]}, normed),
         experts,
         h,
-        p["post_ffw2_norm"]["scale"],
-        p["post_ffw1_norm"]["scale"],
-        p["post_ffw_norm"]["scale"],
         p["skip_scale"],
+        dense_norm_scale=p["post_ffw2_norm"]["scale"],
+        expert_norm_scale=p["post_ffw1_norm"]["scale"],
+        norm_scale=p["post_ffw_norm"]["scale"],
         next_norm_scale=next_scale,
         **tail,
     )

@@ -302,10 +302,10 @@ def _gemma4_layer(kind: type, site: _Site) -> type:
                 _projection(self.mlp.down_proj, units, site),
                 _experts(self.moe, normed[1], site, self),
                 hidden,
-                self.dense_post_ffw_norm.scale.value,
-                self.moe_post_ffw_norm.scale.value,
-                self.post_ffw_norm.scale.value,
                 scalar,
+                dense_norm_scale=self.dense_post_ffw_norm.scale.value,
+                expert_norm_scale=self.moe_post_ffw_norm.scale.value,
+                norm_scale=self.post_ffw_norm.scale.value,
                 check_vma=False,
                 **_options(site, self, hidden),
             )

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
 from helpers.cases import OPS, Case, Inputs
-from jax_gemma_arf._src.operands import Operands
+from jax_gemma_arf._src.operands import TWO_BRANCHES, Operands
 from jax_gemma_arf.loopback import loopback_tail
 
 PER_RANK, REPLICATED = P("tp"), P()
@@ -51,11 +51,14 @@ def call_op(case: Case, inputs: Inputs, **options) -> tuple[jax.Array, ...]:
     """
     residual = [] if inputs.residual is None else [inputs.residual]
     scalar = [] if inputs.layer_scalar is None else [inputs.layer_scalar]
-    scales = inputs.next_norm_scales
-    if scales:
-        options["next_norm_scale"] = scales[0] if len(scales) == 1 else scales
+    scales, next_scales = inputs.norm_scales, inputs.next_norm_scales
+    if case.branches == 2:
+        options |= zip(TWO_BRANCHES.scales, scales)
+        scales = ()
+    if next_scales:
+        options["next_norm_scale"] = next_scales[0] if len(next_scales) == 1 else next_scales
     outputs = getattr(jga, f"fused_{case.op}")(
-        *inputs.partial_sums, *residual, *inputs.norm_scales, *scalar, **options
+        *inputs.partial_sums, *residual, *scales, *scalar, **options
     )
     return tuple(jax.tree.leaves(outputs))
 
