@@ -3,7 +3,7 @@
 from jax_gemma_arf._src import newest_jax as _newest_jax
 from jax_gemma_arf._src.audit import audit
 from jax_gemma_arf._src.decision import Support, fusion_support
-from jax_gemma_arf._src.extension import set_peer_timeout, workspaces
+from jax_gemma_arf._src.extension import Workspace, set_peer_timeout, workspaces
 from jax_gemma_arf._src.fused_ops import (
     fused_all_reduce_norm,
     fused_moe_tail,
@@ -27,6 +27,7 @@ __all__ = [
     "SAVED_SUMS",
     "Projection",
     "Support",
+    "Workspace",
     "__version__",
     "audit",
     "down_proj_post_ff",

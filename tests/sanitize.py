@@ -66,7 +66,7 @@ def main() -> None:
                 check(case, ranks, algorithm, implementation)
                 seconds = time.monotonic() - start
                 print(f"{seconds:5.1f} s: {ranks} ranks, {algorithm}, {case}: right", flush=True)
-    assert {part["damage"] for part in jga.workspaces()} == {""}
+    assert {part.damage for part in jga.workspaces()} == {""}
 
 
 if __name__ == "__main__":

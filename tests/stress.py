@@ -234,11 +234,11 @@ class Program:
         return trips * self._calls_a_trip
 
 
-def sound_workspaces() -> list[dict]:
+def sound_workspaces() -> list[jga.Workspace]:
     """All workspaces, none of them damaged."""
     parts = jga.workspaces()
     for part in parts:
-        if part["damage"]:
+        if part.damage:
             raise SystemExit(f"damage: {part}")
     return parts
 

@@ -213,7 +213,7 @@ def from_threads(kind: str, ranks: int) -> None:
         thread.join()
     assert not failures
     # Threads that came at the same time share what one of them made.
-    parts = [(p["device"], p["rank"], p["algorithm"], p["capacity"]) for p in jga.workspaces()]
+    parts = [(p.device, p.rank, p.algorithm, p.capacity) for p in jga.workspaces()]
     assert len(parts) == len(set(parts))
     print("right")
 

@@ -1,5 +1,6 @@
 """The compiled part, as far as a machine without a GPU can tell."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +311,18 @@ def test_bad_peer_timeout(seconds):
 
 def test_no_workspaces_yet(built):
     assert jax_gemma_arf.workspaces() == []
+
+
+def test_workspaces_are_records(monkeypatch):
+    """With a field for each key that ffi/module.cc reports."""
+    keys = re.findall(r'one\["(\w+)"\]', (ROOT / "ffi" / "module.cc").read_text())
+    part = {key: i for i, key in enumerate(keys)}
+    module = types.SimpleNamespace(workspaces=lambda: [part])
+    monkeypatch.setattr(extension, "_modules", {"cuda": module})
+    (workspace,) = jax_gemma_arf.workspaces()
+    assert dataclasses.asdict(workspace) == {"implementation": "cuda", **part}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(workspace, "damage", "")  # noqa: B010
 
 
 def test_stub_matches_module(built):

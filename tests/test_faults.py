@@ -199,12 +199,12 @@ def with_stray_writes(ranks: int) -> None:
         jax.block_until_ready(loopback_tail(on_device(SMALL, ranks), algorithm=algorithm))
     parts = jga.workspaces()
     assert len(parts) == 2 * ranks
-    assert {part["damage"] for part in parts} == {""}
+    assert {part.damage for part in parts} == {""}
     # Control, its padding to 256 bytes, guard; slots; guard.
-    end = parts[1]["base"] + parts[1]["bytes"]
-    for address in (parts[0]["base"] + 256, end - 1):
+    end = parts[1].base + parts[1].bytes
+    for address in (parts[0].base + 256, end - 1):
         device_memory.write_byte(0, address, 7)
-    damage = [part["damage"] for part in jga.workspaces()]
+    damage = [part.damage for part in jga.workspaces()]
     assert damage == [
         "something wrote over the guard words before the slots",
         "something wrote over the guard words behind the slots",

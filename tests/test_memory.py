@@ -67,11 +67,11 @@ def test_multi_gpu_reserve(built, require_gpus, branches):
     """Calls of any size up to the reserved one then allocate nothing."""
     mesh = make_mesh((2,), ("tp",), require_gpus(2))
     limits: dict[str, Any] = {"mesh": mesh, "axis_name": "tp", "branches": branches}
-    before = sum(part["bytes"] for part in jga.workspaces() if part["nranks"] == 2)
+    before = sum(part.bytes for part in jga.workspaces() if part.nranks == 2)
     reserved = jga.reserve(900, 5376, jnp.bfloat16, **limits)
     assert reserved == jga.workspace_bytes(900, 5376, jnp.bfloat16, **limits)
     parts = jga.workspaces()
-    assert sum(part["bytes"] for part in parts if part["nranks"] == 2) - before <= 2 * reserved
+    assert sum(part.bytes for part in parts if part.nranks == 2) - before <= 2 * reserved
 
     def call(x):
         scale = jnp.ones(5376, x.dtype)
@@ -85,4 +85,4 @@ def test_multi_gpu_reserve(built, require_gpus, branches):
     for tokens in (1, 6, 7, 100, 195, 196, 899, 900):
         out = np.asarray(run(jnp.ones((tokens, 5376), jnp.bfloat16)))
         assert np.isfinite(out.astype(np.float32)).all()
-    assert [part["base"] for part in jga.workspaces()] == [part["base"] for part in parts]
+    assert [part.base for part in jga.workspaces()] == [part.base for part in parts]

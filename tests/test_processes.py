@@ -233,8 +233,8 @@ def in_loopback(directory: str, ranks: list[int], axis_size: int) -> None:
                 for i in range(len(ranks)):
                     assert_matches(case, inputs, [out[i] for out in outputs], exact_sum=True)
     held = jga.workspaces()
-    assert {part["rank"] for part in held} == set(ranks)
-    assert {part["damage"] for part in held} == {""}
+    assert {part.rank for part in held} == set(ranks)
+    assert {part.damage for part in held} == {""}
     print("right")
 
 
@@ -329,7 +329,7 @@ def on_gpus(coordinator: str, index: int, gpus_each: int) -> None:
     support = jga.fusion_support((1, 640), BF16, mesh=mesh, axis_name="tp")
     assert support, support.reason
     check_over_mesh(mesh, CASES, "cuda", exact_sum=True)
-    assert {part["damage"] for part in jga.workspaces()} == {""}
+    assert {part.damage for part in jga.workspaces()} == {""}
     print("right")
 
 

@@ -4,11 +4,11 @@ There are two: ``_ffi`` holds the kernels of this library (implementation "cuda"
 which only some builds have, FlashInfer's kernels with the same epilogue ("flashinfer").
 """
 
+import dataclasses
 import functools
 import importlib
 import os
 import types
-from typing import Any
 
 import jax
 import jaxlib.version
@@ -119,17 +119,41 @@ def set_peer_timeout(seconds: float | None) -> None:
         module.set_timeout(0.0 if seconds is None else float(seconds))
 
 
-def workspaces() -> list[dict[str, Any]]:
-    """The workspaces of this process: peer-mapped device memory, outside JAX's own pool.
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """One rank's part of a workspace: peer-mapped device memory, outside JAX's own pool.
 
-    Returns:
-      One dict for each rank's part: implementation ("cuda" or "flashinfer"), device (CUDA ordinal),
-      rank, nranks, algorithm, capacity (bytes of the largest message), bytes (of device memory),
-      base (its address), and damage: "", or how the guard words around the slots were overwritten,
-      by a stray write of some kernel. Reading them waits for the GPUs.
+    Attributes:
+      implementation: "cuda" or "flashinfer".
+      device: CUDA ordinal.
+      rank: index in the replica group, from 0.
+      nranks: number of ranks in the replica group.
+      algorithm: "one_shot" or "two_shot".
+      capacity: size of the largest message, in bytes.
+      bytes: size of the device memory, in bytes.
+      base: address of the device memory.
+      damage: "" if the guard words around the slots are intact, else which of them a stray write
+        of some kernel changed.
+    """
+
+    implementation: str
+    device: int
+    rank: int
+    nranks: int
+    algorithm: str
+    capacity: int
+    bytes: int
+    base: int
+    damage: str
+
+
+def workspaces() -> list[Workspace]:
+    """Returns the workspaces of this process, one record for each rank's part.
+
+    Waits for the GPUs, to read the guard words.
     """
     return [
-        {"implementation": implementation, **part}
+        Workspace(implementation, **part)
         for implementation, module in _modules.items()
         for part in module.workspaces()
     ]
