@@ -219,6 +219,44 @@ def test_no_more_gathers(cpus):
         assert [c.kind for c in reductions] == ["all-reduce"], ours
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_down_proj_with_next_norms(cpus, axis_type):
+    """On the current mesh; next norms are structured as their scales."""
+    _, arrays, specs = make("matrix")
+    arrays["bias"] = jnp.zeros(HIDDEN)
+    hidden, normed = unsharded(matrix, arrays)
+    names = ("x", "params", "residual", "norm_scale", "layer_scalar")
+    mesh = fsdp_tp(cpus, axis_type)
+    with jax.set_mesh(mesh):
+        placed = put(mesh, arrays, specs)
+        call = jax.jit(
+            functools.partial(
+                jga.down_proj_post_ff, axis_name="tp", token_spec=P("fsdp"), **OPTIONS
+            )
+        )
+        operands, scale = [placed[name] for name in names], placed["next_norm_scale"]
+        for scales, want in ((scale, normed), ((scale,), (normed,)), ([scale] * 2, [normed] * 2)):
+            got = call(*operands, next_norm_scale=scales)
+            assert jax.tree.structure(got) == jax.tree.structure((hidden, want))
+            assert_close(got, (hidden, want))
+        assert_close(call(*operands), hidden)
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (jnp.ones(HIDDEN + 1), r"next_norm_scale must have the shape \(256,\).*got \(257,\)"),
+        ((), "next_norm_scale must be an array .* of 1 to 3, got 0"),
+    ],
+    ids=["shape", "none"],
+)
+def test_down_proj_rejects_next_norms(cpus, scales, message):
+    _, arrays, _ = make("matrix")
+    operands = [arrays[name] for name in ("x", "params", "residual", "norm_scale")]
+    with pytest.raises(ValueError, match=message):
+        jga.down_proj_post_ff(*operands, next_norm_scale=scales, axis_name="tp", mesh=fsdp_tp(cpus))
+
+
 def test_moe(cpus):
     """Two branches; the experts choose by x, so they are not linear, and see all of x."""
     mesh = fsdp_tp(cpus)

@@ -7,7 +7,7 @@ a shard_map, which is opened here, together with the tail that reduces its resul
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +175,7 @@ def row_parallel_moe_tail(
     )
 
 
+@overload
 def down_proj_post_ff(
     activations: jax.Array,
     w_down: jax.Array,
@@ -182,23 +183,60 @@ def down_proj_post_ff(
     norm_scale: jax.Array,
     layer_scalar: jax.Array | float | None = None,
     *,
+    next_norm_scale: None = None,
     axis_name: AxisName,
     mesh: AnyMesh | None = None,
     token_spec: PartitionSpec | None = None,
     eps: float = 1e-6,
     scale_offset: float = 0.0,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> jax.Array: ...
+
+
+@overload
+def down_proj_post_ff[NormScales: (jax.Array, tuple[jax.Array, ...], list[jax.Array])](
+    activations: jax.Array,
+    w_down: jax.Array,
+    residual: jax.Array,
+    norm_scale: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
+    next_norm_scale: NormScales,
+    axis_name: AxisName,
+    mesh: AnyMesh | None = None,
+    token_spec: PartitionSpec | None = None,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, NormScales]: ...
+
+
+def down_proj_post_ff(
+    activations: jax.Array,
+    w_down: jax.Array,
+    residual: jax.Array,
+    norm_scale: jax.Array,
+    layer_scalar: jax.Array | float | None = None,
+    *,
+    next_norm_scale: jax.Array | tuple[jax.Array, ...] | list[jax.Array] | None = None,
+    axis_name: AxisName,
+    mesh: AnyMesh | None = None,
+    token_spec: PartitionSpec | None = None,
+    eps: float = 1e-6,
+    scale_offset: float = 0.0,
+    implementation: Implementation | None = None,
+) -> Any:
     """:func:`row_parallel_post_ff` with one matrix.
 
     Args:
       activations: [..., F], sharded over axis_name along F.
       w_down: [F, D], sharded over axis_name along F.
-      residual, norm_scale, layer_scalar, axis_name, mesh, token_spec: as in row_parallel_post_ff.
+      residual, norm_scale, layer_scalar: as in row_parallel_post_ff.
+      next_norm_scale, axis_name, mesh, token_spec: as in row_parallel_post_ff.
       eps, scale_offset, implementation: as in fused_post_ff.
 
     Returns:
-      [..., D], residual.dtype, sharded as token_spec says and replicated over axis_name.
+      As row_parallel_post_ff.
 
     Raises:
       ValueError, TypeError: at trace time, as row_parallel_post_ff.
@@ -243,6 +281,7 @@ def down_proj_post_ff(
         residual,
         norm_scale,
         layer_scalar,
+        next_norm_scale=next_norm_scale,
         axis_name=names,
         mesh=mesh,
         params_spec=PartitionSpec(names),
