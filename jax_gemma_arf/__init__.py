@@ -10,7 +10,7 @@ from jax_gemma_arf._src.fused_ops import (
     fused_post_ff,
     fused_sandwich,
 )
-from jax_gemma_arf._src.lowering import DISABLED_EXPORT_CHECKS, SAVED_SUMS
+from jax_gemma_arf._src.lowering import DISABLED_EXPORT_CHECKS, SAVED_SUMS, TARGET_NAME
 from jax_gemma_arf._src.memory import reserve, workspace_bytes
 from jax_gemma_arf._src.processes import initialize
 from jax_gemma_arf._src.reference import reference_post_ff, rmsnorm
@@ -25,6 +25,7 @@ from jax_gemma_arf._version import __version__
 __all__ = [
     "DISABLED_EXPORT_CHECKS",
     "SAVED_SUMS",
+    "TARGET_NAME",
     "Projection",
     "Support",
     "Workspace",

@@ -27,7 +27,7 @@ DECODE = Case((4,), 2560, op="sandwich", next_norms=1)
 jax.export.register_namedtuple_serialization(Inputs, serialized_name="cases.Inputs")
 CUSTOM_CALLS = [
     jax.export.DisabledSafetyCheck.custom_call(target)
-    for target in (lowering.MESH_TARGET, lowering.LOOPBACK_TARGET)
+    for target in (lowering.TARGET_NAME, lowering.LOOPBACK_TARGET)
 ]
 
 

@@ -155,7 +155,7 @@ def test_exported_program_in_another_process(built, tmp_path):
     registered = []
     for module in filter(None, map(extension.load, lowering.TARGETS)):
         registered += [*module.type_registrations(), *module.registrations()]
-    assert loaded.stdout.strip() == f"{[lowering.MESH_TARGET]} {sorted(registered)}"
+    assert loaded.stdout.strip() == f"{[lowering.TARGET_NAME]} {sorted(registered)}"
 
 
 def test_exported_for_several_platforms(built, cpus):
@@ -164,7 +164,7 @@ def test_exported_for_several_platforms(built, cpus):
     case = Case((4,), 640)
     inputs = make_inputs(case, 2)
     exported = export(mesh_call(case, mesh), inputs, "cuda", "cpu")
-    assert f"@{lowering.MESH_TARGET}" not in exported.mlir_module()
+    assert f"@{lowering.TARGET_NAME}" not in exported.mlir_module()
     loaded = jax.export.deserialize(exported.serialize())
     leaves = jax.tree.leaves(place(mesh, inputs, in_specs(case)))
     outputs = jax.jit(loaded.call)(*leaves)

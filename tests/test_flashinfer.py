@@ -58,7 +58,7 @@ def test_lowers_to_one_call_of_its_own(flashinfer, mesh, name):
     text = on_mesh(CALLS[name], mesh).trace(X, SCALE).lower(lowering_platforms=("cuda",)).as_text()
     target, _ = lowering.TARGETS["flashinfer"]
     assert text.count(f"@{target}(") == 1
-    assert f"@{lowering.MESH_TARGET}(" not in text
+    assert f"@{lowering.TARGET_NAME}(" not in text
     assert "all_reduce" not in text
 
 

@@ -53,7 +53,7 @@ def test_two_calls_a_layer(variant, mesh, built):
     """Lowered for CUDA, a layer is two launches, without an all-reduce or a norm of its own."""
     text = lowered(variant, mesh, "cuda", "cuda")
     layers = sizes.LAYERS[variant]
-    assert text.count(f"@{lowering.MESH_TARGET}") == 2 * layers
+    assert text.count(f"@{lowering.TARGET_NAME}") == 2 * layers
     assert text.count("stablehlo.all_reduce") == lookups(variant)
     # The norm before the first layer. E2B's per-layer branch has a norm, and moves the next one out
     # of the fused call; the experts' router has one.

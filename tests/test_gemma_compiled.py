@@ -39,7 +39,8 @@ def programs():
 @pytest.mark.timeout(400)  # the first compiles for all
 @pytest.mark.parametrize("variant", sizes.VARIANTS)
 def test_collectives(programs, built, variant):
-    """A step has the all-reduce of the lookups; taking the largest logit exchanges one a rank."""
+    """A step has the all-reduce of the lookups; taking the largest logit exchanges one a rank. Its
+    tails are calls of TARGET_NAME, two a layer."""
     del built  # without the extension, the tails are all-reduces as well
     *steps, official = [row for row in programs if row["variant"] == variant]
     assert len(steps) == 5
@@ -51,6 +52,7 @@ def test_collectives(programs, built, variant):
             ["all-gather", step["batch"] * step["ranks"]],
         ]
         assert sorted(step["collectives"]) == sorted(expected), step
+        assert step["calls"] == 2 * sizes.LAYERS[variant], step
     # The check can fail: the official model with the same shardings gathers its table.
     largest = max(size for kind, size in official["collectives"] if kind == "all-gather")
     assert largest >= sizes.VOCAB * sizes.HIDDEN

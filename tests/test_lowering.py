@@ -20,9 +20,17 @@ pytestmark = pytest.mark.usefixtures("built")
 
 
 def lowered(
-    mesh, op="post_ff", *, shape=(4, 5376), next_norms=None, manual=None, axis_name="tp", **options
+    mesh,
+    op="post_ff",
+    *,
+    shape=(4, 5376),
+    next_norms=None,
+    manual=None,
+    axis_name="tp",
+    dialect="stablehlo",
+    **options,
 ) -> str:
-    """StableHLO for CUDA of one call, as text."""
+    """One call lowered for CUDA, as text."""
     if next_norms is None:
         next_norms = int(op == "sandwich")
     *leading, hidden = shape
@@ -54,12 +62,12 @@ def lowered(
         out_specs=P(),
         **({} if manual is None else {"axis_names": manual}),
     )
-    return jax.jit(call).trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(call).trace(operands).lower(lowering_platforms=("cuda",)).as_text(dialect)
 
 
 def counts(text: str) -> tuple[int, int]:
     """How many of our calls and how many all-reduces."""
-    return text.count(f"@{lowering.MESH_TARGET}"), text.count("all_reduce")
+    return text.count(f"@{lowering.TARGET_NAME}"), text.count("all_reduce")
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -70,6 +78,14 @@ def test_one_call_and_no_all_reduce(cpus, op, ranks, axis_type):
     assert counts(lowered(mesh, op, implementation="cuda")) == (1, 0)
     assert counts(lowered(mesh, op)) == (1, 0)
     assert counts(lowered(mesh, op, implementation="xla")) == (0, 2 if op == "moe_tail" else 1)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_target_name(mesh, op):
+    """The public name finds the call, as docs/reference/support.md says."""
+    assert jga.TARGET_NAME == "jax_gemma_arf.tail"
+    assert lowered(mesh, op).count(f"@{jga.TARGET_NAME}(") == 1
+    assert f'custom_call_target="{jga.TARGET_NAME}"' in lowered(mesh, op, dialect="hlo")
 
 
 def test_psum_is_in_the_dtype_of_x(mesh):
@@ -143,7 +159,7 @@ def test_tail_attributes(mesh, op, next_norms, attributes, operands):
     row = "tensor<4x5376xbf16>"
     results = row if next_norms == 0 else f"({', '.join([row] * (1 + next_norms))})"
     signature = f"({', '.join(f'tensor<{types[name]}>' for name in operands)}) -> {results}"
-    (call,) = [line for line in text.splitlines() if f"@{lowering.MESH_TARGET}(" in line]
+    (call,) = [line for line in text.splitlines() if f"@{lowering.TARGET_NAME}(" in line]
     assert call.endswith(signature)
 
 

@@ -132,7 +132,7 @@ def test_error_reaches_every_rank(tp):
     def local(x, norm_scale):
         operands = Operands((x,), (norm_scale,), residual=x)
         attributes = lowering.ffi_attributes(operands, "two_shot", groups, 1e-6, 0.0)
-        call = jax.ffi.ffi_call(lowering.MESH_TARGET, result)
+        call = jax.ffi.ffi_call(lowering.TARGET_NAME, result)
         return call(*jax.tree.leaves(operands), **attributes)
 
     mapped = jax.shard_map(local, mesh=tp, in_specs=(P(), P()), out_specs=P(), check_vma=False)

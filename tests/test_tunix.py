@@ -252,7 +252,7 @@ def test_calls(cpus, name):
         traced = call.trace(state, batch())
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         tails = len(fused.layers) * (3 if name == "e2b" else 2)
-        assert text.count(f"@{lowering.MESH_TARGET}") == tails
+        assert text.count(f"@{lowering.TARGET_NAME}") == tails
         assert not re.search(r"all_reduce|all_gather|reduce_scatter", text)
         if name not in ("gemma3", "e2b"):
             return

@@ -22,11 +22,13 @@ from jax_gemma_arf._src.reference import reference_tail, tail
 
 logger = logging.getLogger("jax_gemma_arf")
 
-MESH_TARGET = "jax_gemma_arf.tail"
+#: Name of the custom call that a fused operation becomes on CUDA, in StableHLO and HLO, unless
+#: implementation is "flashinfer".
+TARGET_NAME = "jax_gemma_arf.tail"
 LOOPBACK_TARGET = "jax_gemma_arf.loopback_tail"
 #: The targets of each implementation, for a mesh and for loopback.
 TARGETS = {
-    "cuda": (MESH_TARGET, LOOPBACK_TARGET),
+    "cuda": (TARGET_NAME, LOOPBACK_TARGET),
     "flashinfer": ("jax_gemma_arf.flashinfer_tail", "jax_gemma_arf.flashinfer_loopback_tail"),
 }
 #: For ``jax.export.export(disabled_checks=...)``: JAX exports no custom call that it does not know

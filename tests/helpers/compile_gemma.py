@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests:build/cuda_plugin python -P -m helpers.compile_gemma VARIANT...
 
-Prints a line of JSON for each program: its collectives, as pairs of operation and elements. What
-XLA makes of a lookup in a sharded table shows only in programs compiled for GPUs. Needs the CUDA
-plugin of JAX, which `make test` puts into build/cuda_plugin.
+Prints a line of JSON for each program: the number of its fused calls, and its collectives, as pairs
+of operation and elements. What XLA makes of a lookup in a sharded table shows only in programs
+compiled for GPUs. Needs the CUDA plugin of JAX, which `make test` puts into build/cuda_plugin.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from helpers import gemma_models
-from jax_gemma_arf import audit
+from jax_gemma_arf import TARGET_NAME, audit
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 # What XLA asks of the device that it compiles for. From a H100 SXM.
@@ -114,7 +114,9 @@ def main() -> None:
     ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for row, text in zip(rows, pool.map(lambda row: compiled(**row), rows)):
-            print(json.dumps(row | {"collectives": collectives(text)}), flush=True)
+            calls = text.count(f'custom_call_target="{TARGET_NAME}"')
+            found = {"calls": calls, "collectives": collectives(text)}
+            print(json.dumps(row | found), flush=True)
 
 
 if __name__ == "__main__":
