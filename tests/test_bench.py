@@ -249,7 +249,7 @@ def test_every_block_lowers_for_gpus(mode, monkeypatch, cpus):
     devices = cpus[: 2 if mode == "mesh" else 1]
     monkeypatch.setattr(common, "devices_for", lambda _: (mode, devices))
     bench = block.Bench(argparse.Namespace(ranks=2, quick=True, repeats=1, layers=2, flag_set="A"))
-    sizes = block.Sizes(hidden=640, ff=1024, heads=512)
+    sizes = block.Sizes(width=640, ff=1024, heads=512)
     layers, h = bench.parameters(sizes), bench.hidden(sizes, tokens=3)
     assert len(bench.implementations()) == 4
     for name, how in bench.implementations().items():
