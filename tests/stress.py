@@ -29,7 +29,7 @@ from helpers.cases import (
     BF16,
     F16,
     F32,
-    GEMMA_HIDDEN,
+    GEMMA_WIDTHS,
     OPS,
     Case,
     Inputs,
@@ -64,7 +64,7 @@ def random_call(rng: np.random.Generator, ops: tuple[str, ...]) -> Call:
     dtype, residual_dtype, scale_dtype = ([half, half, F32][i] for i in rng.integers(3, size=3))
     case = Case(
         leading=(int(rng.choice(TOKENS)),),
-        hidden=int(rng.choice(GEMMA_HIDDEN)),
+        width=int(rng.choice(GEMMA_WIDTHS)),
         dtype=dtype,
         residual_dtype=residual_dtype,
         scale_dtype=scale_dtype,

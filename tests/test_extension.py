@@ -323,8 +323,8 @@ def test_report(capsys, monkeypatch):
     report.main()
     out = capsys.readouterr().out
     assert f"jax_gemma_arf {jax_gemma_arf.__version__}" in out
-    for model, hidden in report.GEMMA4_HIDDEN.items():
-        assert re.search(rf"{model} +D = {hidden}, +1 tokens: (kernel|psum) +\(.+\)", out)
+    for model, width in report.GEMMA4_HIDDEN.items():
+        assert re.search(rf"{model} +D = {width}, +1 tokens: (kernel|psum) +\(.+\)", out)
 
 
 @pytest.mark.parametrize("version", ["0.12.0.1", "0.12.0.2"])

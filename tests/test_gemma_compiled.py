@@ -45,7 +45,7 @@ def test_collectives(programs, built, variant):
     assert len(steps) == 5
     layers = sizes.LAYERS["E2B"] * sizes.PER_LAYER_WIDTH
     for step in steps:
-        row = sizes.HIDDEN + (layers if step["variant"] == "E2B" else 0)
+        row = sizes.WIDTH + (layers if step["variant"] == "E2B" else 0)
         expected = [
             ["all-reduce", step["batch"] * row],
             ["all-gather", step["batch"] * step["ranks"]],
@@ -53,4 +53,4 @@ def test_collectives(programs, built, variant):
         assert sorted(step["collectives"]) == sorted(expected), step
     # The check can fail: the official model with the same shardings gathers its table.
     largest = max(size for kind, size in official["collectives"] if kind == "all-gather")
-    assert largest >= sizes.VOCAB * sizes.HIDDEN
+    assert largest >= sizes.VOCAB * sizes.WIDTH

@@ -144,8 +144,8 @@ def test_alternating_sizes(ranks):
         for tokens in (1, 3, 32, 131, 256):
             for algorithm in ("one_shot", "two_shot"):
                 op = str(rng.choice(OPS))
-                hidden = int(rng.choice([640, 2816, 5376]))
-                case = Case((tokens,), hidden, dtype, op=op, next_norms=2 * (op == "sandwich"))
+                width = int(rng.choice([640, 2816, 5376]))
+                case = Case((tokens,), width, dtype, op=op, next_norms=2 * (op == "sandwich"))
                 inputs = make_inputs(case, ranks)
                 call = jax.jit(functools.partial(loopback_tail, algorithm=algorithm))
                 call = functools.partial(call, operands_of(case, ranks))
@@ -197,14 +197,14 @@ def test_slow_producer():
 )
 def test_largest_message(built, ranks, algorithm):
     """Hazard 17: the edges of the byte caps, where indices are largest."""
-    hidden = 5376
+    width = 5376
     kind = "one_shot" if algorithm == "one_shot" else "message"
     limit = built.limits()[f"max_{kind}_bytes"]
-    tokens = limit // (2 * hidden)
+    tokens = limit // (2 * width)
     keys = jax.random.split(jax.random.key(0), 2)
-    x = jax.random.normal(keys[0], (ranks, tokens, hidden), jnp.bfloat16)
-    residual = jax.random.normal(keys[1], (tokens, hidden), jnp.bfloat16)
-    norm_scale = jnp.ones(hidden, jnp.bfloat16)
+    x = jax.random.normal(keys[0], (ranks, tokens, width), jnp.bfloat16)
+    residual = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16)
+    norm_scale = jnp.ones(width, jnp.bfloat16)
     call = functools.partial(loopback_post_ff, algorithm=algorithm)
     out = jax.jit(call)(x, residual, norm_scale)
     summed = functools.reduce(jnp.add, (part.astype(jnp.float32) for part in x))

@@ -78,14 +78,14 @@ def test_graph_replay(tp, built, op, next_norms):
 
 
 @pytest.mark.parametrize("tokens", [16, 2048])
-@pytest.mark.parametrize("hidden", [2560, 16384], ids=["block", "cluster"])
-def test_calls_are_recorded(tp, built, tokens, hidden):
+@pytest.mark.parametrize("width", [2560, 16384], ids=["block", "cluster"])
+def test_calls_are_recorded(tp, built, tokens, width):
     """A call in a CUDA graph is a kernel node that the record handler makes, and updates when
     buffers move: XLA captures nothing. Results equal the results of eager runs."""
     if not extension.RECORD:
         pytest.skip(f"needs {extension.RECORD_VARIABLE}=1")
     length = 4
-    case = Case((tokens,), hidden, op="sandwich", next_norms=1)
+    case = Case((tokens,), width, op="sandwich", next_norms=1)
     inputs = inputs_on(tp, case)
     lowered = chain(case, tp, length).lower(inputs)
     graph = lowered.compile(GRAPHS)
@@ -110,8 +110,8 @@ def test_alternating_sizes(tp):
     for dtype in (BF16, F16, F32):
         for tokens in (1, 3, 32, 131, 2048):
             op = str(rng.choice(OPS))
-            hidden = int(rng.choice([640, 2816, 5376]))
-            case = Case((tokens,), hidden, dtype, op=op, next_norms=2 * (op == "sandwich"))
+            width = int(rng.choice([640, 2816, 5376]))
+            case = Case((tokens,), width, dtype, op=op, next_norms=2 * (op == "sandwich"))
             call = functools.partial(kernel(case, tp), inputs_on(tp, case))
             first = call()
             check(case, tp, first)

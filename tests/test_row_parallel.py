@@ -15,7 +15,7 @@ from helpers.runners import make_mesh
 from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf._src.reference import tail
 
-BATCH, TOKENS, HIDDEN, HEADS, HEAD = 4, 3, 256, 4, 8
+BATCH, TOKENS, WIDTH, HEADS, HEAD = 4, 3, 256, 4, 8
 UNITS = HEADS * HEAD
 OPTIONS = {"eps": 0.1, "scale_offset": 1.0}
 
@@ -36,9 +36,9 @@ def quantised(params, x):
     return (x @ params["int8"].astype(x.dtype)) * params["scale"].astype(x.dtype)
 
 
-W, W_HEADS = ((UNITS, HIDDEN), P("tp", "fsdp")), ((HEADS, HEAD, HIDDEN), P("tp", None, "fsdp"))
-LORA = {"w": W_HEADS, "a": ((HEADS, HEAD, 2), P("tp")), "b": ((2, HIDDEN), P(None, "fsdp"))}
-QUANTISED = {"int8": W, "scale": ((HIDDEN,), P("fsdp"))}
+W, W_HEADS = ((UNITS, WIDTH), P("tp", "fsdp")), ((HEADS, HEAD, WIDTH), P("tp", None, "fsdp"))
+LORA = {"w": W_HEADS, "a": ((HEADS, HEAD, 2), P("tp")), "b": ((2, WIDTH), P(None, "fsdp"))}
+QUANTISED = {"int8": W, "scale": ((WIDTH,), P("fsdp"))}
 # A function, its parameters with their specs, the shape of x's features.
 PROJECTIONS = {
     "matrix": (matrix, W, (UNITS,)),
@@ -68,11 +68,11 @@ def make(name):
     arrays = {
         "params": jax.tree_util.tree_map_with_path(of_shapes, params, is_leaf=is_pair),
         "x": array((), (BATCH, TOKENS, *features)),
-        "residual": array((), (BATCH, TOKENS, HIDDEN)),
-        "norm_scale": array((), (HIDDEN,)),
+        "residual": array((), (BATCH, TOKENS, WIDTH)),
+        "norm_scale": array((), (WIDTH,)),
         "layer_scalar": jnp.float32(0.5),
-        "bias": array((), (HIDDEN,)),
-        "next_norm_scale": array((), (HIDDEN,)),
+        "bias": array((), (WIDTH,)),
+        "next_norm_scale": array((), (WIDTH,)),
     }
     specs = jax.tree.map(lambda _: P(), arrays) | {
         "params": jax.tree.map(lambda pair: pair[1], params, is_leaf=is_pair),
@@ -210,7 +210,7 @@ def test_no_more_gathers(cpus):
         forward = jax.jit(function).lower(placed).compile()
         return [jga.audit(program) for program in (forward, step.lower(placed).compile())]
 
-    rows = (BATCH // 2, TOKENS, HIDDEN)
+    rows = (BATCH // 2, TOKENS, WIDTH)
     for ours, theirs in zip(found(call), found(functools.partial(unsharded, project))):
         for kind in ("all-gather", "all-to-all", "collective-permute"):
             assert sum(c.kind == kind for c in ours) <= sum(c.kind == kind for c in theirs), ours
@@ -224,9 +224,9 @@ def test_moe(cpus):
     _, arrays, specs = make("einsum")
     rng = np.random.default_rng(1)
     experts = {
-        "router": jnp.asarray(rng.standard_normal((HIDDEN, 3)), jnp.float32),
-        "up": jnp.asarray(rng.standard_normal((3, HIDDEN, UNITS)), jnp.float32),
-        "down": jnp.asarray(rng.standard_normal((3, UNITS, HIDDEN)), jnp.float32),
+        "router": jnp.asarray(rng.standard_normal((WIDTH, 3)), jnp.float32),
+        "up": jnp.asarray(rng.standard_normal((3, WIDTH, UNITS)), jnp.float32),
+        "down": jnp.asarray(rng.standard_normal((3, UNITS, WIDTH)), jnp.float32),
     }
     expert_specs = {"router": P(), "up": P("fsdp", None, "tp"), "down": P("fsdp", "tp")}
     scales = [arrays["norm_scale"] + i for i in range(3)]
@@ -281,7 +281,7 @@ BAD = {
     "nonlinear": (lambda w, x: jnp.tanh(x) @ w, {}, "must be linear in x.*transpose"),
     "square": (lambda w, x: (x * x) @ w, {}, "must be linear in x.*transpose"),
     "bias inside": (
-        lambda w, x: x @ w + jnp.ones(HIDDEN),
+        lambda w, x: x @ w + jnp.ones(WIDTH),
         {},
         r"must be linear in x.*adds an array float32\[2,3,256\].*bias=",
     ),
@@ -355,7 +355,7 @@ def test_audit(cpus):
     project, arrays, specs = make("matrix")
     options = {"mesh": mesh, "token_spec": P("fsdp"), "params_spec": specs["params"]}
     call = jax.jit(functools.partial(fused, project, **options))
-    rows = (BATCH // 2, TOKENS, HIDDEN)
+    rows = (BATCH // 2, TOKENS, WIDTH)
     for spec, kinds in ((P("fsdp"), ["all-reduce"]), (P("fsdp", None, "tp"), ["all-gather"] * 1)):
         placed = put(mesh, arrays, specs | {"residual": spec})
         found = jga.audit(call.lower(placed).compile(), elements=math.prod(rows))

@@ -134,8 +134,8 @@ def test_loopback_algorithms_agree_bit_for_bit(ranks, op, require_gpus):
     """Hazard 24: the size at which one-shot gives way to two-shot does not show in the results."""
     devices = require_gpus(1)
     one, two = (runner for runner in LOOPBACK if runner.ranks == ranks)
-    for leading, hidden, dtype in (((37,), 5376, BF16), ((5,), 5376, F32), ((9,), 640, F16)):
-        case = Case(leading, hidden, dtype, op=op, next_norms=int(op == "sandwich"))
+    for leading, width, dtype in (((37,), 5376, BF16), ((5,), 5376, F32), ((9,), 640, F16)):
+        case = Case(leading, width, dtype, op=op, next_norms=int(op == "sandwich"))
         inputs = make_inputs(case, ranks)
         for pair in zip(one.run(case, inputs, devices), two.run(case, inputs, devices)):
             assert_same_bits(*pair)
@@ -150,8 +150,8 @@ def test_loopback_flashinfer_agrees_bit_for_bit(ranks, op, require_gpus):
         pytest.skip(f"needs a build with FlashInfer: {extension.why_missing('flashinfer')}")
     devices = require_gpus(1)
     ours, *theirs = (one for one in (*LOOPBACK, *FLASHINFER) if one.ranks == ranks)
-    for leading, hidden, dtype in (((37,), 5376, BF16), ((5,), 5376, F32), ((9,), 640, F16)):
-        case = Case(leading, hidden, dtype, op=op, next_norms=int(op == "sandwich"))
+    for leading, width, dtype in (((37,), 5376, BF16), ((5,), 5376, F32), ((9,), 640, F16)):
+        case = Case(leading, width, dtype, op=op, next_norms=int(op == "sandwich"))
         inputs = make_inputs(case, ranks)
         expected = ours.run(case, inputs, devices)
         for other in theirs:
@@ -199,7 +199,7 @@ def cases_with(half):
         lambda op: st.builds(
             Case,
             leading=st.lists(st.integers(1, 9), max_size=3).map(tuple),
-            hidden=st.integers(4, 90).map(lambda blocks: 64 * blocks),
+            width=st.integers(4, 90).map(lambda blocks: 64 * blocks),
             dtype=dtypes,
             residual_dtype=dtypes,
             scale_dtype=dtypes,

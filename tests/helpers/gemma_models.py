@@ -39,7 +39,7 @@ def config(variant: str, layers: int | None = None):
     kinds = modules.AttentionType
     common = {
         "num_embed": sizes.VOCAB,
-        "embed_dim": sizes.HIDDEN,
+        "embed_dim": sizes.WIDTH,
         "hidden_dim": sizes.FF,
         "num_heads": sizes.HEADS,
         "head_dim": sizes.HEAD_DIM,
