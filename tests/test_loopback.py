@@ -9,25 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xplane
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
-from helpers.profiles import kernels_in
+from helpers.places import GRAPHS, bits_differ, same_bits
 from jax_gemma_arf._src import decision, lowering
 from jax_gemma_arf._src.operands import MAX_MESSAGE_BYTES, Operands
 from jax_gemma_arf._src.reference import post_ff_tail, tail
 from jax_gemma_arf.loopback import loopback_post_ff, loopback_tail
 
 pytestmark = pytest.mark.usefixtures("built", "gpu")
-
-
-@jax.jit
-def differ(one, two):
-    """Returns whether any bit differs."""
-    bits = {2: jnp.uint16, 4: jnp.uint32}[one.dtype.itemsize]
-    cast = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
-    return jnp.any(cast(one) != cast(two))
 
 
 def operands_of(case: Case, ranks: int) -> Operands:
@@ -70,7 +63,7 @@ def test_one_launch_a_call(tmp_path, ranks, tokens, op):
     with jax.profiler.trace(str(tmp_path)):
         for _ in range(3):
             jax.block_until_ready(call(operands))
-    kernels = kernels_in(tmp_path)
+    kernels = [kernel.name for of_gpu in xplane.load(tmp_path).values() for kernel in of_gpu]
     assert len(kernels) == 3 * ranks, kernels
     algorithm = decision.choose_algorithm(ranks, case.branches * 2 * tokens * 2816)
     kernel = {"one_shot": "FusedTailOneShot", "two_shot": "FusedTailTwoShot"}[algorithm]
@@ -85,13 +78,7 @@ def test_graph_replay(built, ranks, algorithm, op, next_norms):
     synchronises, or the capture would fail, and is not called again."""
     length = 8
 
-    @functools.partial(
-        jax.jit,
-        compiler_options={
-            "xla_gpu_graph_min_graph_size": "1",
-            "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUSTOM_CALL",
-        },
-    )
+    @functools.partial(jax.jit, compiler_options=GRAPHS)
     def chain(operands):
         out = operands.partial_sums[0]
         for _ in range(length):
@@ -128,8 +115,7 @@ def test_graph_replay(built, ranks, algorithm, op, next_norms):
     first = np.asarray(chain(operands))
     before = built.enqueued_launches()
     for _ in range(20):
-        out = np.asarray(chain(operands))
-        np.testing.assert_array_equal(out.view(np.uint8), first.view(np.uint8))
+        same_bits(chain(operands), first)
     # Captured again only where XLA gave a buffer another address.
     assert built.enqueued_launches() - before <= 5 * ranks * length
 
@@ -154,6 +140,7 @@ def test_alternating_sizes(ranks):
                 assert_matches(case, inputs, outputs, exact_sum=True)
                 calls.append((call, first))
     picked = [calls[i] for i in rng.integers(len(calls), size=600)]
+    differ = jax.jit(bits_differ)
     wrong = [differ(*pair) for call, first in picked for pair in zip(call(), first)]
     assert not np.any(jax.device_get(wrong))
 
@@ -165,10 +152,8 @@ def test_max_ctas(algorithm, max_ctas, op):
     """Few blocks walk over many tokens; the results do not change."""
     operands = operands_of(Case((200,), 2816, op=op, next_norms=int(op == "sandwich")), 2)
     call = functools.partial(loopback_tail, operands, algorithm=algorithm)
-    for want, got in zip(call(), call(max_ctas=max_ctas)):
-        np.testing.assert_array_equal(
-            np.asarray(got).view(np.uint8), np.asarray(want).view(np.uint8)
-        )
+    want = call()
+    same_bits(call(max_ctas=max_ctas), want)
 
 
 def test_slow_producer():

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
-from helpers.runners import make_mesh
+from helpers.runners import make_mesh, place
 from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf._src.reference import tail
 
@@ -123,12 +123,6 @@ def assert_close(got, want, tolerance=1e-4):
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
-def put(mesh, arrays, specs):
-    return jax.tree.map(
-        lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), arrays, specs
-    )
-
-
 def fsdp_tp(cpus, axis_type=AxisType.Auto):
     return make_mesh((2, 2), ("fsdp", "tp"), cpus[:4], axis_type)
 
@@ -139,7 +133,7 @@ def test_matches_unsharded(cpus, name, axis_type):
     """Outputs and all gradients, over FSDP and TP."""
     mesh = fsdp_tp(cpus, axis_type)
     project, arrays, specs = make(name)
-    placed = put(mesh, arrays, specs)
+    placed = place(mesh, arrays, specs)
     options = {"token_spec": P("fsdp"), "params_spec": specs["params"]}
     if axis_type == AxisType.Explicit:  # where the types say so
         options = {}
@@ -158,7 +152,7 @@ def test_current_mesh(cpus, axis_type):
     mesh = fsdp_tp(cpus, axis_type)
     project, arrays, specs = make("lora")
     with jax.set_mesh(mesh):
-        placed = put(mesh, arrays, specs)
+        placed = place(mesh, arrays, specs)
         assert_close(fused(project, placed), unsharded(project, arrays))
 
 
@@ -199,7 +193,7 @@ def test_no_more_gathers(cpus):
     but the reduction itself: forward and backward."""
     mesh = fsdp_tp(cpus)
     project, arrays, specs = make("matrix")
-    placed = put(mesh, arrays, specs)
+    placed = place(mesh, arrays, specs)
     call = functools.partial(
         fused, project, mesh=mesh, token_spec=P("fsdp"), params_spec=specs["params"]
     )
@@ -344,7 +338,7 @@ def test_residual_sharded_over_the_axis(cpus, spec):
     """On an Explicit mesh the type tells, before every layer gathers the residual: hazard 41."""
     mesh = fsdp_tp(cpus, AxisType.Explicit)
     project, arrays, specs = make("matrix")
-    placed = put(mesh, arrays, specs | {"residual": spec})
+    placed = place(mesh, arrays, specs | {"residual": spec})
     with pytest.raises(ValueError, match=r"residual must be replicated over axis_name.*'tp'"):
         jax.jit(functools.partial(fused, project, mesh=mesh))(placed)
 
@@ -357,6 +351,6 @@ def test_audit(cpus):
     call = jax.jit(functools.partial(fused, project, **options))
     rows = (BATCH // 2, TOKENS, WIDTH)
     for spec, kinds in ((P("fsdp"), ["all-reduce"]), (P("fsdp", None, "tp"), ["all-gather"] * 1)):
-        placed = put(mesh, arrays, specs | {"residual": spec})
+        placed = place(mesh, arrays, specs | {"residual": spec})
         found = jga.audit(call.lower(placed).compile(), elements=math.prod(rows))
         assert sorted(c.kind for c in found if rows in c.shapes) == sorted({"all-reduce", *kinds})
