@@ -5,10 +5,8 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -27,6 +25,8 @@ import report
 import rivals
 import tunix_gemma
 import xplane
+
+from helpers import children
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -216,9 +216,8 @@ def test_profile_compare_of_its_own_run(tmp_path, monkeypatch, capsys):
 
 
 def run(script, *arguments, out, **environment):
-    command = [sys.executable, ROOT / "bench" / script, *arguments, "--quick", "--out", out]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
-    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    command = ROOT / "bench" / script, *arguments, "--quick", "--out", out
+    children.python(*command, JAX_PLATFORMS="cpu", **environment).check()
     (path,) = out.glob("*.json")
     assert path.with_suffix(".png").exists()
     return report.read(path)
@@ -639,15 +638,10 @@ def test_losses_that_are_off():
 
 
 def test_model_without_gemma():
-    code = "import sys; sys.modules['gemma'] = None; import model; model.main()"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT / "bench",
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); "
+    code += "sys.modules['gemma'] = None; import model; model.main()"
+    result = children.python("-c", code)
+    assert result.status == 2
     assert result.stderr.endswith("needs google-deepmind/gemma: pip install '.[bench,gemma]'\n")
 
 
@@ -676,8 +670,5 @@ def test_a_child_that_fails_is_reported(monkeypatch):
 )
 def test_xla_knows_the_flags(flags):
     """It ends the process if it does not."""
-    subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices('cpu')"],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        check=True,
-    )
+    code = "import jax; jax.devices('cpu')"
+    children.python("-c", code, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").check()

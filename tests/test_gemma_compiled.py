@@ -6,12 +6,11 @@ compiled for H100s here, with JAX's CUDA plugin and no GPU (compile_gemma.py).
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers import children
 from helpers import gemma_sizes as sizes
 
 HERE = Path(__file__).parent
@@ -24,16 +23,14 @@ def programs():
     pytest.importorskip("gemma", reason="needs google-deepmind/gemma: pip install '.[gemma]'")
     paths = [str(HERE), *([str(PLUGIN)] if PLUGIN.exists() else [])]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it wants cuDNN, for which nothing here asks
-    }
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "helpers.compile_gemma", *sizes.VARIANTS]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = children.python(
+        *("-P", "-W", "ignore", "-m", "helpers.compile_gemma", *sizes.VARIANTS),
+        PYTHONPATH=os.pathsep.join(paths),
+        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",  # it wants cuDNN, for which nothing here asks
+    )
     if "No module named 'jax_plugins" in run.stderr:
         pytest.skip("needs JAX's CUDA plugin: make test puts it into build/cuda_plugin")
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.check().stdout.splitlines()]
 
 
 @pytest.mark.timeout(400)  # the first compiles for all

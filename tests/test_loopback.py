@@ -1,9 +1,6 @@
 """Tests that need a GPU, with all ranks on one: launches, graphs, sequences of calls, edges."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +10,7 @@ import xplane
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers import children
 from helpers.cases import BF16, F16, F32, OPS, Case, assert_matches, make_inputs
 from helpers.places import GRAPHS, bits_differ, same_bits
 from jax_gemma_arf._src import decision, lowering
@@ -221,18 +219,9 @@ def test_persistent_compilation_cache(tmp_path):
         "print(float(out.min()), float(out.max()))\n"
     )
     for _ in range(2):
-        result = subprocess.run(
-            [sys.executable, "-P", "-c", code],
-            env={
-                **os.environ,
-                "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
-                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        result = children.python("-P", "-c", code, **environment).check()
         assert result.stdout == "2.0 2.0\n"
     assert list(tmp_path.glob("jit_loopback_post_ff*"))
 
