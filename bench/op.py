@@ -20,8 +20,9 @@ The operation second_norm is what a next norm costs: fused_post_ff, and fused_sa
 normed result left alone, in chains that are otherwise the same, long enough for the host not to
 matter, and timed in turn.
 
-Every timed chain is compared with a float32 oracle. On one GPU all ranks share it (loopback: no
-wire, no psum), on a CPU only psum + tail runs; both are for trying the benchmark out.
+Every timed chain is compared with the definition in float32 (reference.tail). On one GPU all ranks
+share it (loopback: no wire, no psum), on a CPU only psum + tail runs; both are for trying the
+benchmark out.
 """
 
 import argparse

@@ -309,7 +309,7 @@ def test_second_norm_is_the_only_difference(bench):
     assert operations[0] == operations[1]
 
 
-def test_second_norm_chain_is_checked(cpus):
+def test_second_norm_chain_is_checked():
     """With the oracle for the call: hidden goes on, and normed is the last call's."""
     arguments = op.parse(["--tokens", "3", "--hidden", "640", "--ops", "post_ff"])
     arguments.flag_set = "A"
@@ -354,7 +354,7 @@ def test_in_turn():
     assert "".join(taken[8:]) == "aabb" * 3
 
 
-def test_oracle_chain_is_the_chain(cpus):
+def test_oracle_chain_is_the_chain():
     """The loop that checks computes what the calls in a row compute, with psum for the call."""
     arguments = op.parse(["--tokens", "3", "--hidden", "640"])
     arguments.flag_set = "A"

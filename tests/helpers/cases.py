@@ -262,10 +262,10 @@ def compose(case: Case, inputs: Inputs, summed, norm):
     row = summed[0]
     if branch_scales:
         row = norm(case, summed[0], branch_scales[0]) + norm(case, summed[1], branch_scales[1])
-    return finish(case, inputs, norm(case, row, norm_scale))
+    return finish(inputs, norm(case, row, norm_scale))
 
 
-def finish(case: Case, inputs: Inputs, out):
+def finish(inputs: Inputs, out):
     """Residual and scalar."""
     if inputs.residual is not None:
         out = out + inputs.residual.astype(out.dtype)
@@ -298,16 +298,16 @@ def mistakes(case: Case, inputs: Inputs) -> dict[str, list[np.ndarray]]:
         if case.branches == 2:
             row = sum(norm_float64(case, *pair) for pair in zip(summed, branch_scales))
         normed = norm_float64(case, row + inputs.residual.astype(np.float64), norm_scale)
-        wrong["add, then norm"] = finish(case, inputs._replace(residual=None), normed)
+        wrong["add, then norm"] = finish(inputs._replace(residual=None), normed)
     if case.branches == 2:
         both = summed[0].astype(np.float64) + summed[1].astype(np.float64)
         for name, scale in zip(("dense", "expert"), branch_scales):
             normed = norm_float64(case, norm_float64(case, both, scale), norm_scale)
-            wrong[f"branches added before the {name} norm"] = finish(case, inputs, normed)
+            wrong[f"branches added before the {name} norm"] = finish(inputs, normed)
         swapped = inputs._replace(norm_scales=(*branch_scales[::-1], norm_scale))
         wrong["branches' scales swapped"] = oracle(case, swapped)
         normed = sum(norm_float64(case, *pair) for pair in zip(summed, branch_scales))
-        wrong["sum of the branches not normed"] = finish(case, inputs, normed)
+        wrong["sum of the branches not normed"] = finish(inputs, normed)
     outputs = {name: outputs_of(case, inputs, hidden) for name, hidden in wrong.items()}
     if case.next_norms and inputs.dtype != F32:
         hidden = oracle(case, inputs)
