@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import loopback
+from jax_gemma_arf.__main__ import GEMMA4_HIDDEN as WIDTHS
 from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf._src.reference import post_ff_tail, rmsnorm
 
@@ -45,7 +46,7 @@ class Sizes:
     """A block. heads: the width of the attention's output. scalar: whether the block ends with it
     (in E4B it comes after the per-layer inputs)."""
 
-    hidden: int
+    width: int
     ff: int
     heads: int
     scalar: bool = True
@@ -53,26 +54,26 @@ class Sizes:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of one layer's parameters, by name."""
         return {
-            "pre_attention_norm": (self.hidden,),
-            "w_heads": (self.hidden, self.heads),
-            "w_out": (self.heads, self.hidden),
-            "post_attention_norm": (self.hidden,),
-            "pre_ff_norm": (self.hidden,),
-            "w_gate": (self.hidden, self.ff),
-            "w_up": (self.hidden, self.ff),
-            "w_down": (self.ff, self.hidden),
-            "post_ff_norm": (self.hidden,),
+            "pre_attention_norm": (self.width,),
+            "w_heads": (self.width, self.heads),
+            "w_out": (self.heads, self.width),
+            "post_attention_norm": (self.width,),
+            "pre_ff_norm": (self.width,),
+            "w_gate": (self.width, self.ff),
+            "w_up": (self.width, self.ff),
+            "w_down": (self.ff, self.width),
+            "post_ff_norm": (self.width,),
         }
 
     def weight_bytes(self) -> int:
         """Returns the bytes of one layer's weights, over all ranks, in bfloat16."""
-        return 2 * self.hidden * (2 * self.heads + 3 * self.ff)
+        return 2 * self.width * (2 * self.heads + 3 * self.ff)
 
 
 MODELS = {
-    "31B": Sizes(common.HIDDEN["31B"], ff=21504, heads=8192),
-    "26B-A4B": Sizes(common.HIDDEN["26B-A4B"], ff=2112, heads=4096),
-    "E4B": Sizes(common.HIDDEN["E4B"], ff=10240, heads=2048, scalar=False),
+    "31B": Sizes(WIDTHS["31B"], ff=21504, heads=8192),
+    "26B-A4B": Sizes(WIDTHS["26B-A4B"], ff=2112, heads=4096),
+    "E4B": Sizes(WIDTHS["E4B"], ff=10240, heads=2048, scalar=False),
 }
 SPECS = {
     "w_heads": P(None, "tp"),
@@ -119,20 +120,17 @@ def matmuls_alone(h: jax.Array, layers: list[Layer], scalar: tuple, tail, projec
     return h
 
 
-class Bench:
+class Bench(common.Bench):
     """A model's blocks on the devices there are."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.mode, devices = common.devices_for(arguments.ranks)
-        self.ranks = (arguments.ranks or 2) if self.mode == "loopback" else len(devices)
-        self.mesh = common.tp_mesh(devices)
+        super().__init__(arguments)
         self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
         self.layers = arguments.layers or {"cpu": 2}.get(self.mode, 4 if arguments.quick else 8)
-        self.flag_set = arguments.flag_set
 
     def sizes(self, model: str) -> Sizes:
         sizes = MODELS[model]
-        return sizes if self.mode != "cpu" else Sizes(sizes.hidden // 4, ff=1024, heads=512)
+        return sizes if self.mode != "cpu" else Sizes(sizes.width // 4, ff=1024, heads=512)
 
     def _generator(self, make: Callable, specs: Any) -> Callable:
         shardings = jax.tree.map(functools.partial(jax.NamedSharding, self.mesh), specs)
@@ -154,7 +152,7 @@ class Bench:
         return [generate(jax.random.fold_in(key, index)) for index in range(self.layers)]
 
     def hidden(self, sizes: Sizes, tokens: int) -> jax.Array:
-        shape = (tokens, sizes.hidden)
+        shape = (tokens, sizes.width)
         generate = self._generator(lambda key: jax.random.normal(key, shape, jnp.bfloat16), P())
         return generate(jax.random.key(1, impl="rbg"))
 
@@ -233,9 +231,29 @@ class Bench:
                         if name != "matmuls alone":
                             row["relative_error"] = common.relative_error(out, want)
                             row["matches"] = row["relative_error"] <= BOUND
-                    except Exception as error:  # an implementation that fails is a result, too
-                        row["error"] = f"{type(error).__name__}: {error}"[:500]
+                    except Exception as error:
+                        row |= common.failure(error)
                     yield row, call
+
+    def facts(self) -> dict[str, Any]:
+        models, tokens = self.arguments.models, self.arguments.tokens
+        bandwidth = common.copy_bandwidth(self.mesh)
+        weights = {name: self.sizes(name).weight_bytes() / self.mesh.size for name in models}
+        return {
+            "layers": self.layers,
+            "timings": len(models) * len(tokens) * len(self.implementations()),
+            "bandwidth": bandwidth,
+            "weights_us": {name: size / bandwidth * 1e6 for name, size in weights.items()},
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        models, tokens = self.arguments.models, self.arguments.tokens
+        for row, call in self.cases(models, tokens, self.implementations()):
+            if "error" not in row:
+                row["layer_us"] = self.clock.microseconds(call, self.layers)
+                if row["implementation"].startswith("fused") and self.mode == "mesh":
+                    row["gap_us"] = xplane.gap_microseconds(call, "fused tail")
+            yield row
 
 
 def run(program: concurrent.futures.Future, *operands: Any) -> Any:
@@ -262,34 +280,6 @@ def loopback_sandwich(x, residual, norm_scale, scalar=None, *, next_norm_scale):
     return hidden[0], normed[0]
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """A child's part: all implementations of one flag set."""
-    jax.config.update("jax_num_cpu_devices", 8)
-    jga.set_peer_timeout(20)  # what hangs is a failed timing
-    bench = Bench(arguments)
-    bandwidth = common.copy_bandwidth(bench.mesh)
-    floors = {
-        name: bench.sizes(name).weight_bytes() / len(bench.mesh.devices.flat) / bandwidth * 1e6
-        for name in arguments.models
-    }
-    facts = {
-        "mode": bench.mode,
-        "ranks": bench.ranks,
-        "device": bench.mesh.devices.flat[0].device_kind,
-        "layers": bench.layers,
-        "timings": len(arguments.models) * len(arguments.tokens) * len(bench.implementations()),
-        "bandwidth": bandwidth,
-        "weights_us": floors,
-    }
-    common.emit({"facts": facts})
-    for row, call in bench.cases(arguments.models, arguments.tokens, bench.implementations()):
-        if "error" not in row:
-            row["layer_us"] = bench.clock.microseconds(call, bench.layers)
-            if row["implementation"].startswith("fused") and bench.mode == "mesh":
-                row["gap_us"] = xplane.gap_microseconds(call, "fused tail")
-        common.emit(row)
-
-
 def add_layers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=common.positive_integer, help="default: 8; with --quick 4; on a CPU 2"
@@ -310,7 +300,7 @@ def main() -> None:
     arguments.models = arguments.models or (["31B"] if quick else list(MODELS))
     arguments.tokens = arguments.tokens or (QUICK_TOKENS if quick else TOKENS)
     if common.in_child(arguments):
-        work(arguments)
+        common.work(Bench, arguments)
         return
     flag_sets = arguments.flag_sets or (["A", "C"] if quick else list(common.FLAG_SETS))
     content = common.run_children(

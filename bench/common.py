@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
+import jax_gemma_arf as jga
+
 REPOSITORY = Path(__file__).parent.parent
-#: Gemma 4's widths.
-HIDDEN = {"E2B": 1536, "E4B": 2560, "26B-A4B": 2816, "31B": 5376}
 #: Twice the largest L2 among the supported GPUs (B200: 126 MB): streaming it leaves nothing behind.
 FLUSH_BYTES = 256 << 20
 
@@ -70,6 +70,15 @@ def differ(one: Spread, two: Spread) -> bool:
     return abs(one.median - two.median) > one.spread + two.spread
 
 
+_touch = jax.jit(lambda pool: pool + 1, donate_argnums=0)
+
+
+def _on_every_device(mesh: jax.sharding.Mesh, make: Callable, shape: Any, dtype: Any) -> jax.Array:
+    """jnp.zeros or jnp.ones, made where its parts lie: the first axis is split over the mesh."""
+    sharding = jax.NamedSharding(mesh, P(mesh.axis_names))
+    return jax.jit(make, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
+
+
 class Clock:
     """Times compiled functions on a mesh, with cold caches.
 
@@ -83,10 +92,8 @@ class Clock:
         if mesh.devices.flat[0].platform != "gpu":  # where times mean little
             self.repeats, self.runs = min(repeats, 3), 2
         else:
-            sharding = jax.NamedSharding(mesh, P(mesh.axis_names))
-            pool = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
-            self._pool = pool(mesh.size * FLUSH_BYTES // 4, jnp.int32)
-            self._touch = jax.jit(lambda pool: pool + 1, donate_argnums=0)
+            count = mesh.size * FLUSH_BYTES // 4
+            self._pool = _on_every_device(mesh, jnp.zeros, count, jnp.int32)
             self._flush_seconds = statistics.median(self._seconds(None) for _ in range(2 * repeats))
 
     def _seconds(self, call: Callable[[], Any] | None) -> float:
@@ -95,7 +102,7 @@ class Clock:
         start = time.perf_counter()
         for _ in range(self.runs):
             if self._pool is not None:
-                self._pool = self._touch(self._pool)
+                self._pool = _touch(self._pool)
             if call is not None:
                 out = None  # freed first, so that the next output takes its place in CUDA graphs
                 out = call()
@@ -105,7 +112,7 @@ class Clock:
     def flush(self) -> None:
         """Leaves nothing of use in the caches."""
         if self._pool is not None:
-            self._pool = jax.block_until_ready(self._touch(self._pool))
+            self._pool = jax.block_until_ready(_touch(self._pool))
 
     def microseconds(self, call: Callable[[], Any], parts: int) -> list[float]:
         """Samples of the time of one of the `parts` equal parts that a call consists of."""
@@ -135,38 +142,37 @@ def start(
         return failed
 
 
+def _least_seconds(run: Callable[[], Any]) -> float:
+    """The time of the fastest of six runs."""
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 def copy_bandwidth(mesh: jax.sharding.Mesh) -> float:
     """Bytes a second that one device moves, read plus written, streaming a gigabyte."""
     on_gpu = mesh.devices.flat[0].platform == "gpu"
     count = (1 << 30 if on_gpu else 1 << 26) // 4
-    sharding = jax.NamedSharding(mesh, P(mesh.axis_names))
-    make = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
-    pool = make(mesh.size * count, jnp.int32)
-    touch = jax.jit(lambda pool: pool + 1, donate_argnums=0)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
+    pool = _on_every_device(mesh, jnp.zeros, mesh.size * count, jnp.int32)
+
+    def copies():
+        nonlocal pool
         for _ in range(10):
-            pool = touch(pool)
-        jax.block_until_ready(pool)
-        seconds.append((time.perf_counter() - start) / 10)
-    return 8 * count / min(seconds)
+            pool = _touch(pool)
+        return pool
+
+    return 10 * 8 * count / _least_seconds(copies)
 
 
 def matmul_rate(mesh: jax.sharding.Mesh) -> float:
     """Operations a second of one device in large bfloat16 matmuls, with all devices at work."""
     size = 8192 if mesh.devices.flat[0].platform == "gpu" else 256
-    sharding = jax.NamedSharding(mesh, P(mesh.axis_names))
-    make = jax.jit(jnp.ones, static_argnums=(0, 1), out_shardings=sharding)
-    a = make((mesh.size, size, size), jnp.bfloat16)
+    a = _on_every_device(mesh, jnp.ones, (mesh.size, size, size), jnp.bfloat16)
     multiply = jax.jit(lambda a, b: a @ b)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        out = [multiply(a, a) for _ in range(4)]
-        jax.block_until_ready(out)
-        seconds.append((time.perf_counter() - start) / len(out))
-    return 2 * size**3 / min(seconds)
+    return 4 * 2 * size**3 / _least_seconds(lambda: [multiply(a, a) for _ in range(4)])
 
 
 def machine() -> dict[str, Any]:
@@ -268,6 +274,34 @@ def in_child(arguments: argparse.Namespace) -> bool:
 def emit(row: dict[str, Any]) -> None:
     """Hands a row from a child to run_children."""
     print(json.dumps(row), flush=True)
+
+
+class Bench:
+    """The devices of a benchmark, on which subclasses take the facts() and rows() of a record."""
+
+    def __init__(self, arguments: argparse.Namespace, one_gpu: str = "loopback"):
+        mode, self.devices = devices_for(arguments.ranks)
+        self.mode = one_gpu if mode == "loopback" else mode
+        self.ranks = (arguments.ranks or 2) if self.mode == "loopback" else len(self.devices)
+        self.mesh = tp_mesh(self.devices)
+        self.flag_set = arguments.flag_set
+        self.arguments = arguments
+
+
+def work(make_bench: Callable[[argparse.Namespace], Any], arguments: argparse.Namespace) -> None:
+    """Emits what a benchmark has under one flag set, in a child process."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    jga.set_peer_timeout(20)  # what hangs is a failed timing
+    bench = make_bench(arguments)
+    device = bench.mesh.devices.flat[0].device_kind
+    emit({"facts": {"mode": bench.mode, "ranks": bench.ranks, "device": device} | bench.facts()})
+    for row in bench.rows():
+        emit(row)
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """The field of a row that could not be timed, which is a result, too."""
+    return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def run_child(

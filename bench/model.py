@@ -37,8 +37,6 @@ import numpy as np
 import report
 import xplane
 
-import jax_gemma_arf as jga
-
 #: ||out - want|| / ||want|| of bfloat16 logits. After 60 layers the official model, which rounds in
 #: its norms, is off by 0.15 from float32, and tensor_parallel by 0.10 (a narrow 31B on a CPU); a
 #: model with its tails in the wrong order is off by 1 or so.
@@ -250,14 +248,13 @@ class Side(NamedTuple):
     models: dict[str, Any]
 
 
-class Bench:
+class Bench(common.Bench):
     """A model on the devices there are."""
 
     def __init__(self, arguments: argparse.Namespace):
         from jax_gemma_arf.integrations import gemma  # noqa: PLC0415
 
-        mode, devices = common.devices_for(arguments.ranks)
-        self.mode = "single" if mode == "loopback" else mode
+        super().__init__(arguments, "single")
         small = self.mode == "cpu"
         self.repeats = 2 if arguments.quick else arguments.repeats
         self.prompt = 64 if small else arguments.prompt
@@ -266,16 +263,15 @@ class Bench:
         layers = arguments.layers or (4 if small or arguments.quick else 0)
         (self.name,) = arguments.models
         self.official = official(self.name, layers, small)
-        self.flag_set = arguments.flag_set
 
-        mesh, alone = common.tp_mesh(devices), common.tp_mesh(devices[:1])
+        mesh, alone = self.mesh, common.tp_mesh(self.devices[:1])
         self.psum = gemma.tensor_parallel(self.official, mesh, implementation="xla")
         self.shardings = gemma.param_shardings(self.psum)
         over_mesh = {OFFICIAL_PARTITIONED: self.official, "psum": self.psum}
         if self.mode == "mesh" and self.flag_set == "A":
             fused = gemma.tensor_parallel(self.official, mesh, implementation="cuda")
             over_mesh = {"fused": fused, **over_mesh}
-        self.mesh, self.sides = mesh, [Side(mesh, over_mesh)]
+        self.sides = [Side(mesh, over_mesh)]
         if self.mode == "single":
             self.sides = [Side(mesh, {OFFICIAL_ALONE: self.official, "psum": self.psum})]
         elif self.flag_set == "A":
@@ -413,6 +409,20 @@ class Bench:
             f"and {caches / 1e9:.1f} GB for caches do not fit the {free / 1e9:.1f} GB that are free"
         )
 
+    def facts(self) -> dict[str, Any]:
+        names = [name for side in self.sides for name in side.models]
+        return {
+            "prompt": self.prompt,
+            "steps": self.steps,
+            "timings": sum(len(self.lines_of(name)) for name in names),
+            self.name: {
+                "layers": self.official.config.num_layers,
+                "hidden": self.official.config.embed_dim,
+                "bandwidth": self.bandwidth,
+                "matmul_rate": self.matmul_rate,
+            },
+        }
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """Rows of each side, one implementation after the other; notes on what is left out."""
         notes = {i: note for i, side in enumerate(self.sides) if (note := self.lacking(side))}
@@ -476,8 +486,8 @@ class Bench:
                     row |= profiled(run, steps)
                 if phase == "prefill":
                     filled = run.cache
-            except Exception as error:  # an implementation that fails is a result, too
-                row["error"] = f"{type(error).__name__}: {error}"[:500]
+            except Exception as error:
+                row |= common.failure(error)
             del run
             yield row
 
@@ -561,31 +571,6 @@ def copies(cache: Cache, batch: int) -> Cache:
     return jax.jit(lambda c: jax.tree.map(repeat, c), out_shardings=shardings)(cache)
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """Times one model under one flag set, in a child process."""
-    jax.config.update("jax_num_cpu_devices", 8)
-    jga.set_peer_timeout(20)  # a program that hangs is a failed timing
-    bench = Bench(arguments)
-    names = [name for side in bench.sides for name in side.models]
-    facts = {
-        "mode": bench.mode,
-        "ranks": bench.mesh.size,
-        "device": bench.mesh.devices.flat[0].device_kind,
-        "prompt": bench.prompt,
-        "steps": bench.steps,
-        "timings": sum(len(bench.lines_of(name)) for name in names),
-        bench.name: {
-            "layers": bench.official.config.num_layers,
-            "hidden": bench.official.config.embed_dim,
-            "bandwidth": bench.bandwidth,
-            "matmul_rate": bench.matmul_rate,
-        },
-    }
-    common.emit({"facts": facts})
-    for row in bench.rows():
-        common.emit(row)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times whole Gemma models.")
     common.add_arguments(parser, child_seconds=150)
@@ -625,7 +610,7 @@ def main() -> None:
         parser.error("needs google-deepmind/gemma: pip install '.[bench,gemma]'")
     arguments.batches = arguments.batches or ([1] if arguments.quick else [1, 2, 16])
     if common.in_child(arguments):
-        work(arguments)
+        common.work(Bench, arguments)
         return
     # Nothing but the package's small workspaces lies outside JAX's pool.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")

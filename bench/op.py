@@ -20,8 +20,9 @@ The operation second_norm is what a next norm costs: fused_post_ff, and fused_sa
 normed result left alone, in chains that are otherwise the same, long enough for the host not to
 matter, and timed in turn.
 
-Every timed chain is compared with a float32 oracle. On one GPU all ranks share it (loopback: no
-wire, no psum), on a CPU only psum + tail runs; both are for trying the benchmark out.
+Every timed chain is compared with the definition in float32 (reference.tail). On one GPU all ranks
+share it (loopback: no wire, no psum), on a CPU only psum + tail runs; both are for trying the
+benchmark out.
 """
 
 import argparse
@@ -43,8 +44,10 @@ import xplane
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
+from jax_gemma_arf.__main__ import GEMMA4_HIDDEN as WIDTHS
 from jax_gemma_arf._src import decision, extension
 from jax_gemma_arf._src.operands import AXIS_SIZES, TWO_BRANCHES, Operands
+from jax_gemma_arf._src.reference import tail
 from jax_gemma_arf.loopback import loopback_tail
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -79,30 +82,9 @@ class Op(NamedTuple):
     varying: tuple[bool, ...]
 
 
-def rmsnorm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """In float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
-
-
-def rank_sum(x: jax.Array) -> jax.Array:
-    """[N, tokens, D] summed in float32, rounded once, for each rank."""
-    return jnp.broadcast_to(common.rank_sum(x), x.shape)
-
-
-def post_ff_oracle(x, residual, norm_scale, layer_scalar):
-    out = (rmsnorm(rank_sum(x), norm_scale) + residual) * layer_scalar
-    return out.astype(x.dtype)
-
-
 def post_ff_link(call, state, cold):
     (x,) = state
     return (call(x, cold.residual, cold.scales[0], SCALAR),)
-
-
-def sandwich_oracle(x, residual, norm_scale, layer_scalar, *, next_norm_scale):
-    hidden = post_ff_oracle(x, residual, norm_scale, layer_scalar)
-    return hidden, rmsnorm(hidden, next_norm_scale).astype(x.dtype)
 
 
 def second_norm_link(call, state, cold):
@@ -123,45 +105,14 @@ def sandwich_link_in_loopback(call, state, cold):
     return call(x, cold.residual, cold.scales[0], SCALAR, next_norm_scale=cold.scales[1])[1:]
 
 
-def all_reduce_norm_oracle(x, norm_scale):
-    return rmsnorm(rank_sum(x), norm_scale).astype(x.dtype)
-
-
 def all_reduce_norm_link(call, state, cold):
     (x,) = state
     return (call(x, cold.scales[0]),)
 
 
-def moe_tail_oracle(
-    dense,
-    experts,
-    residual,
-    layer_scalar,
-    *,
-    dense_norm_scale,
-    expert_norm_scale,
-    norm_scale,
-    next_norm_scale,
-):
-    branches = rmsnorm(rank_sum(dense), dense_norm_scale)
-    branches += rmsnorm(rank_sum(experts), expert_norm_scale)
-    hidden = ((rmsnorm(branches, norm_scale) + residual) * layer_scalar).astype(dense.dtype)
-    return hidden, rmsnorm(hidden, next_norm_scale).astype(dense.dtype)
-
-
 def moe_tail_link(call, state, cold):
     names = (*TWO_BRANCHES.scales, "next_norm_scale")
     return call(*state, cold.residual, SCALAR, **dict(zip(names, cold.scales)))
-
-
-OPS = {
-    "post_ff": Op(post_ff_link, post_ff_oracle, (True,)),
-    "sandwich": Op(sandwich_link, sandwich_oracle, (True, False)),
-    "all_reduce_norm": Op(all_reduce_norm_link, all_reduce_norm_oracle, (True,)),
-    "moe_tail": Op(moe_tail_link, moe_tail_oracle, (True, True)),
-    "second_norm": Op(second_norm_link, sandwich_oracle, (True,)),
-}
-LOOPBACK_OPS = OPS | {"sandwich": Op(sandwich_link_in_loopback, sandwich_oracle, (True,))}
 
 
 OPERANDS = {
@@ -178,6 +129,29 @@ OPERANDS = {
         (next_norm_scale,),
     ),
 }
+
+
+def oracle(op: str) -> Callable[..., Any]:
+    """The library's own definition of a fused operation, for the partial sums of all ranks."""
+
+    def call(*arrays, **scales):
+        operands = OPERANDS[op](*arrays, **scales)
+        rows = tuple(jnp.broadcast_to(common.rank_sum(x), x.shape) for x in operands.partial_sums)
+        results = tail(operands._replace(partial_sums=rows), eps=1e-6, scale_offset=0.0)
+        hidden, *normed = results
+        return results if normed else hidden
+
+    return call
+
+
+OPS = {
+    "post_ff": Op(post_ff_link, oracle("post_ff"), (True,)),
+    "sandwich": Op(sandwich_link, oracle("sandwich"), (True, False)),
+    "all_reduce_norm": Op(all_reduce_norm_link, oracle("all_reduce_norm"), (True,)),
+    "moe_tail": Op(moe_tail_link, oracle("moe_tail"), (True, True)),
+    "second_norm": Op(second_norm_link, oracle("sandwich"), (True,)),
+}
+LOOPBACK_OPS = OPS | {"sandwich": Op(sandwich_link_in_loopback, oracle("sandwich"), (True,))}
 
 
 def loopback_call(
@@ -199,7 +173,7 @@ class Config(NamedTuple):
     times the chain goes through them."""
 
     op: str
-    hidden: int
+    width: int
     tokens: int
     colds: int
     rounds: int
@@ -212,7 +186,7 @@ class Config(NamedTuple):
     @property
     def message_bytes(self) -> int:
         """Bytes of one partial sum on one rank."""
-        return 2 * self.tokens * self.hidden
+        return 2 * self.tokens * self.width
 
 
 class Contender(NamedTuple):
@@ -256,27 +230,25 @@ def oracle_chain(link, call, rounds: int = 1) -> Callable[[State, Cold], State]:
     return body
 
 
-class Bench:
+class Bench(common.Bench):
     """The devices, how a chain becomes a program on them, and who contends."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.mode, devices = common.devices_for(arguments.ranks)
-        self.ranks = (arguments.ranks or 2) if self.mode == "loopback" else len(devices)
+        super().__init__(arguments)
         self.ops = LOOPBACK_OPS if self.mode == "loopback" else OPS
-        self.mesh = common.tp_mesh(devices)
         self.clock = common.Clock(self.mesh, 5 if arguments.quick else arguments.repeats)
-        self.flag_set = arguments.flag_set
         self.algorithms = arguments.algorithms
         self.configs = list(self._configs(arguments))
-        self.rivals = self._load_rivals(devices)
+        self.rivals = self._load_rivals()
 
-    def _load_rivals(self, devices: list[Any]) -> str:
+    def _load_rivals(self) -> str:
         """ "built", or why there are no rivals."""
         if self.mode == "cpu" or self.flag_set != "A" or self.ranks not in AXIS_SIZES:
             return "not wanted"
         if rivals.load() is None:
             return "not built: make bench-rivals"
-        ordinals = [d.local_hardware_id for d in devices] * (self.ranks // len(devices))
+        ordinals = [d.local_hardware_id for d in self.devices]
+        ordinals *= self.ranks // len(self.devices)
         try:
             rivals.create(ordinals, max(config.message_bytes for config in self.configs))
         except RuntimeError as error:
@@ -284,18 +256,18 @@ class Bench:
         return "built"
 
     def _configs(self, arguments) -> Iterator[Config]:
-        for op, hidden, tokens in itertools.product(
+        for op, width, tokens in itertools.product(
             arguments.ops, arguments.hidden, arguments.tokens
         ):
             colds = 4 if self.mode == "cpu" else 50
-            if 2 * tokens * hidden > 4 << 20:
-                colds = min(colds, 16 if 2 * tokens * hidden <= 32 << 20 else 8)
+            if 2 * tokens * width > 4 << 20:
+                colds = min(colds, 16 if 2 * tokens * width <= 32 << 20 else 8)
             rounds = 1
             if op == "second_norm":
                 if self.mode == "cpu" or self.flag_set != "A" or tokens > SECOND_NORM_TOKENS:
                     continue
                 rounds = 4
-            yield Config(op, hidden, tokens, colds, rounds)
+            yield Config(op, width, tokens, colds, rounds)
 
     def fused(self, op: str) -> Callable:
         """The call of a fused operation."""
@@ -368,7 +340,8 @@ class Bench:
         def want_sums(state, stacked):
             del stacked
             (x,) = state
-            x = rank_sum(x * jnp.asarray(small, x.dtype)).astype(jnp.float32)
+            x = x * jnp.asarray(small, x.dtype)
+            x = jnp.broadcast_to(common.rank_sum(x), x.shape).astype(jnp.float32)
             return (x * float(ranks) ** (config.links - 1),)
 
         yield Contender("flashinfer all-reduce", sums, want_sums)
@@ -387,7 +360,7 @@ class Bench:
 
         def make(key):
             keys = jax.random.split(key, 3)
-            shape = (config.tokens, config.hidden)
+            shape = (config.tokens, config.width)
             varying = self.ops[config.op].varying
             state = jax.random.normal(keys[0], (len(varying), self.ranks, *shape), jnp.bfloat16)
             state = [
@@ -395,7 +368,7 @@ class Bench:
                 for x, varies in zip(state, varying)
             ]
             residual = jax.random.normal(keys[1], (config.colds, *shape), jnp.bfloat16)
-            scales = jax.random.normal(keys[2], (4, config.colds, config.hidden), jnp.bfloat16)
+            scales = jax.random.normal(keys[2], (4, config.colds, config.width), jnp.bfloat16)
             return tuple(state), Cold(residual, tuple(1 + scales / 8))
 
         return jax.jit(make, out_shardings=(self._sharding(P("tp")), self._sharding(P())))
@@ -466,8 +439,8 @@ class Bench:
         ]
         return bool(jnp.array_equal(sent[0], sent[1]))
 
-    def measure(self, line: "Line") -> None:
-        """Times the programs of a line and emits their rows."""
+    def measure(self, line: "Line") -> Iterator[dict[str, Any]]:
+        """Times the programs of a line and yields their rows."""
         config = line.config
         state, stacked = line.generator.result()(random_key())
         colds = [line.pick.result()(stacked, k) for k in range(config.colds)]
@@ -475,7 +448,8 @@ class Bench:
         contenders = {contender.name: contender for contender in line.contenders}
         names = [*contenders, *self.again(contenders)]
         for turn in [names] if config.op == "second_norm" else [[name] for name in names]:
-            what = {**config._asdict(), "links": config.links, "flag_set": self.flag_set}
+            what = config._asdict() | {"links": config.links, "flag_set": self.flag_set}
+            what["hidden"] = what.pop("width")  # its name in records
             rows: list[dict[str, Any]] = [what | {"implementation": name} for name in turn]
             try:
                 calls = []
@@ -494,11 +468,25 @@ class Bench:
                     for row, call in zip(rows, calls):
                         self.clock.flush()
                         row["kernel_us"] = xplane.kernel_microseconds(call, config.links)
-            except Exception as error:  # a contender that fails is a result, too
+            except Exception as error:
                 for row in rows:
-                    row["error"] = f"{type(error).__name__}: {error}"[:500]
-            for row in rows:
-                common.emit(row)
+                    row.update(common.failure(error))
+            yield from rows
+
+    def facts(self) -> dict[str, Any]:
+        names = [[c.name for c in self.contenders(config)] for config in self.configs]
+        return {
+            "timings": sum(len(line) + len(self.again(line)) for line in names),
+            "extension": extension.why_missing() or "built",
+            "flashinfer": getattr(extension.load("flashinfer"), "flashinfer_version", None),
+            "rivals": self.rivals,
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            lines = [self.compile(config, pool) for config in self.configs]
+        while lines:  # all is compiled by now
+            yield from self.measure(lines.pop(0))
 
 
 class Line(NamedTuple):
@@ -538,28 +526,6 @@ def compare(out: State, want: State) -> tuple[float, bool]:
     return float(error), bool(within)
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """A child's part: all contenders of one flag set."""
-    jax.config.update("jax_num_cpu_devices", 8)
-    jga.set_peer_timeout(20)  # what hangs is a failed timing
-    bench = Bench(arguments)
-    names = [[c.name for c in bench.contenders(config)] for config in bench.configs]
-    facts = {
-        "mode": bench.mode,
-        "ranks": bench.ranks,
-        "device": bench.mesh.devices.flat[0].device_kind,
-        "timings": sum(len(line) + len(bench.again(line)) for line in names),
-        "extension": extension.why_missing() or "built",
-        "flashinfer": getattr(extension.load("flashinfer"), "flashinfer_version", None),
-        "rivals": bench.rivals,
-    }
-    common.emit({"facts": facts})
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        lines = [bench.compile(config, pool) for config in bench.configs]
-    while lines:  # all is compiled by now
-        bench.measure(lines.pop(0))
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, with their defaults filled in."""
     parser = argparse.ArgumentParser(description="Times the fused operations against every rival.")
@@ -582,7 +548,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     quick = arguments.quick
     arguments.ops = arguments.ops or (["post_ff", "second_norm"] if quick else list(OPS))
-    arguments.hidden = arguments.hidden or ([5376] if quick else list(common.HIDDEN.values()))
+    arguments.hidden = arguments.hidden or ([5376] if quick else list(WIDTHS.values()))
     arguments.tokens = arguments.tokens or (QUICK_TOKENS if quick else TOKENS)
     if arguments.flag_sets is None:
         arguments.flag_sets = ["A", "C"] if quick else list(common.FLAG_SETS)
@@ -592,7 +558,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if common.in_child(arguments):
-        work(arguments)
+        common.work(Bench, arguments)
         return
 
     content = common.run_children(

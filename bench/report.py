@@ -14,6 +14,8 @@ import xplane
 from common import Spread
 
 Record = dict[str, Any]
+#: Right ends of lines: x, y, label, colour.
+Ends = list[tuple[float, float, str, str]]
 
 #: One colour for one thing, in all plots.
 COLORS = {
@@ -62,6 +64,10 @@ class Timing(NamedTuple):
     wall: Spread
     kernel: float | None
     flag_set: str
+
+
+#: Timings by implementation, by the tokens or batch of a line.
+Lines = dict[int, dict[str, Timing]]
 
 
 def read(path: Path) -> Record:
@@ -128,37 +134,59 @@ def second_norm(rows: Sequence[dict[str, Any]]) -> Spread | None:
     return common.summarize([sandwich - post_ff for sandwich, post_ff in pairs])
 
 
+def best_of_lines(rows: Sequence[dict[str, Any]], field: str, key: str) -> Lines:
+    """Returns `best` of each line, the rows of one value of a field, by that value."""
+    return {value: best(line, key) for value, line in common.grouped(rows, field).items()}
+
+
 def op_markdown(record: Record) -> str:
     """Two tables, wall and kernel time, for each operation and width."""
     parts = [f"## Operations\n\n{headline(record)}"]
-    for (op, hidden), rows in common.grouped(record["rows"], "op", "hidden").items():
-        by_tokens = common.grouped(rows, "tokens")
-        lines = {tokens: best(line, "wall_us") for tokens, line in by_tokens.items()}
+    for (op, width), rows in common.grouped(record["rows"], "op", "hidden").items():
+        lines = best_of_lines(rows, "tokens", "wall_us")
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
-        base = "sum" if "sum" in names else "psum"
         fused = [name for name in names if name in ("fused", "fused flashinfer")]
-        derived = [f"{base} / {LABELS[name]}" for name in fused]
+        more = {}
         if op == "second_norm":
-            derived = ["second norm: fused_sandwich - fused_post_ff"]
-        wall, kernel = [], []
-        for tokens, line in lines.items():
-            cells = [_wall(line.get(name), base == name == "psum") for name in names]
-            last = [faster(line.get(base), line.get(name)) for name in fused]
-            if op == "second_norm":
-                cost = second_norm(by_tokens[tokens])
-                last = ["" if cost is None else f"{cost.median:.2f} ± {cost.spread:.2f}"]
-            wall.append([str(tokens), *cells, *last])
-            cells = [_kernel(name, line.get(name), tokens, hidden, record) for name in names]
-            kernel.append([str(tokens), *cells])
-        titles = [LABELS.get(name, name) for name in names]
+            costs = {n: second_norm(line) for n, line in common.grouped(rows, "tokens").items()}
+            more["second norm: fused_sandwich - fused_post_ff"] = {
+                n: f"{cost.median:.2f} ± {cost.spread:.2f}" for n, cost in costs.items() if cost
+            }
         brackets = "; in brackets psum's best flag set" if "psum" in names else ""
         parts.append(
-            f"### {op}, D = {hidden}\n\nWall time, us a call{brackets}.\n\n"
-            + common.table(["tokens", *titles, *derived], wall)
+            f"### {op}, D = {width}\n\nWall time, us a call{brackets}.\n\n"
+            + _wall_table(lines, names, fused, more)
         )
         if any(timing.kernel for line in lines.values() for timing in line.values()):
-            parts.append("Kernel time, us a call.\n\n" + common.table(["tokens", *titles], kernel))
+            kernel = []
+            for tokens, line in lines.items():
+                cells = [_kernel(name, line.get(name), tokens, width, record) for name in names]
+                kernel.append([str(tokens), *cells])
+            header = ["tokens", *(LABELS.get(name, name) for name in names)]
+            parts.append("Kernel time, us a call.\n\n" + common.table(header, kernel))
     return "\n\n".join([*parts, *_troubles(record)])
+
+
+def _wall_table(
+    lines: Lines,
+    names: Sequence[str],
+    fused: Sequence[str],
+    more: dict[str, dict[int, str]],
+) -> str:
+    """Wall times by tokens, speed-ups of the fused ones, and more columns by their titles."""
+    base = "sum" if "sum" in names else "psum"
+    header = ["tokens", *(LABELS.get(name, name) for name in names)]
+    header += [*(f"{base} / {LABELS.get(name, name)}" for name in fused), *more]
+    rows = [
+        [
+            str(tokens),
+            *(_wall(line.get(name), base == name == "psum") for name in names),
+            *(faster(line.get(base), line.get(name)) for name in fused),
+            *(column.get(tokens, "") for column in more.values()),
+        ]
+        for tokens, line in lines.items()
+    ]
+    return common.table(header, rows)
 
 
 def _wall(timing: Timing | None, with_flags: bool) -> str:
@@ -167,13 +195,13 @@ def _wall(timing: Timing | None, with_flags: bool) -> str:
     return str(timing.wall) + (f" [{timing.flag_set}]" if with_flags else "")
 
 
-def _kernel(name: str, timing: Timing | None, tokens: int, hidden: int, record: Record) -> str:
+def _kernel(name: str, timing: Timing | None, tokens: int, width: int, record: Record) -> str:
     if timing is None or timing.kernel is None:
         return ""
     if name != "wire":
         return f"{timing.kernel:.1f}"
     ranks = record["facts"]["ranks"]
-    sent = 2 * (ranks - 1) / ranks * 2 * tokens * hidden
+    sent = 2 * (ranks - 1) / ranks * 2 * tokens * width
     return f"{timing.kernel:.1f} ({sent / timing.kernel / 1e3:.0f} GB/s)"
 
 
@@ -202,36 +230,14 @@ def block_markdown(record: Record) -> str:
         f"{facts.get('bandwidth', 0) / 1e12:.2f} TB/s"
     ]
     for model, rows in common.grouped(record["rows"], "model").items():
-        lines = {
-            tokens: best(line, "layer_us")
-            for tokens, line in common.grouped(rows, "tokens").items()
-        }
+        lines = best_of_lines(rows, "tokens", "layer_us")
         names = list(dict.fromkeys(name for line in lines.values() for name in line))
-        base = "sum" if "sum" in names else "psum"
         fused = [name for name in names if name.startswith("fused")]
         gaps = dict.fromkeys(row["implementation"] for row in rows if row.get("gap_us") is not None)
-        cells = [
-            [
-                str(tokens),
-                *(_wall(line.get(name), base == name == "psum") for name in names),
-                *(faster(line.get(base), line.get(name)) for name in fused),
-                *(_gap(rows, tokens, name) for name in gaps),
-            ]
-            for tokens, line in lines.items()
-        ]
-        titles = [LABELS.get(name, name) for name in names]
+        more = {f"gap, {name}": {n: _gap(rows, n, name) for n in lines} for name in gaps}
         parts.append(
             f"### {model}\n\nWall time, us a layer; its weights alone need "
-            f"{facts['weights_us'][model]:.1f}.\n\n"
-            + common.table(
-                [
-                    "tokens",
-                    *titles,
-                    *(f"{base} / {name}" for name in fused),
-                    *(f"gap, {name}" for name in gaps),
-                ],
-                cells,
-            )
+            f"{facts['weights_us'][model]:.1f}.\n\n" + _wall_table(lines, names, fused, more)
         )
     return "\n\n".join([*parts, *_troubles(record)])
 
@@ -376,6 +382,19 @@ def _headline_of_own_run(record: Record) -> str:
     return f"\n\n{headline(record)}" if record["facts"] else ""
 
 
+def _panels(width: float, height: float, rows: int, columns: int, **ratios: Any):
+    """A figure of that many inches, and its panels in reading order."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **ratios).ravel()
+
+
+def _save(figure, footer: str, path: Path) -> None:
+    figure.text(0.005, -0.03, footer, fontsize=8, color="#777777")
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+
+
 def _panel(axes, title: str, ylabel: str) -> None:
     """The look of every panel: light, with a title for the y axis at the top left."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=22)
@@ -402,8 +421,16 @@ def _microsecond_axis(axes) -> None:
     axes.minorticks_off()
 
 
-def _label_ends(axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names lines at their right ends, (x, y, label, colour), apart where they would meet."""
+def _curve(axes, ends: Ends, points: Sequence[tuple], label: str, color: str, **style: Any) -> None:
+    """Draws a line through (x, y), and adds its right end to what _label_ends takes."""
+    if points:
+        x, y = zip(*points)
+        axes.plot(x, y, color=color, markersize=4, **style)
+        ends.append((x[-1], y[-1], label, color))
+
+
+def _label_ends(axes, ends: Ends) -> None:
+    """Names lines at their right ends, apart where they would meet."""
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = sorted(ends, key=lambda end: end[1])
     wanted = [to_axes.transform((x, y))[1] for x, y, _, _ in ends]
@@ -429,33 +456,26 @@ def op_plot(record: Record, path: Path) -> None:
 
     Of the record's first operation, and what the second norm costs if that was measured.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     ops = common.grouped(record["rows"], "op")
     norms = ops.pop("second_norm", [])
     ratios = [1.25, 1] * bool(ops) + [0.8] * bool(norms)
-    figure = Figure(figsize=(5.6 * sum(ratios), 4.9), layout="constrained")
-    panels = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+    figure, panels = _panels(5.6 * sum(ratios), 4.9, 1, len(ratios), width_ratios=ratios)
     if ops:
         op, rows = next(iter(ops.items()))
         table = {
-            hidden: {
-                tokens: best(line, "wall_us")
-                for tokens, line in common.grouped(lines, "tokens").items()
-            }
-            for hidden, lines in common.grouped(rows, "hidden").items()
+            width: best_of_lines(of_width, "tokens", "wall_us")
+            for width, of_width in common.grouped(rows, "hidden").items()
         }
         base = "psum" if record["facts"]["mode"] != "loopback" else "sum"
-        hidden = max(table)
-        _latency_panel(panels[0], f"{op}, D = {hidden:,}", base, table[hidden])
+        widest = max(table)
+        _latency_panel(panels[0], f"{op}, D = {widest:,}", base, table[widest])
         _speed_up_panel(panels[1], base, table)
     if norms:
         _second_norm_panel(panels[-1], norms)
-    figure.text(0.005, -0.03, headline(record) + ", bfloat16", fontsize=8, color="#777777")
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    _save(figure, headline(record) + ", bfloat16", path)
 
 
-def _latency_panel(axes, title: str, base: str, lines: dict[int, dict[str, Timing]]) -> None:
+def _latency_panel(axes, title: str, base: str, lines: Lines) -> None:
     tokens = sorted(lines)
     _panel(
         axes,
@@ -467,34 +487,29 @@ def _latency_panel(axes, title: str, base: str, lines: dict[int, dict[str, Timin
     for name in (base, "flashinfer norm + tail", "fused"):
         points = [(t, lines[t][name].wall) for t in tokens if name in lines[t]]
         if points:
-            x, y = [t for t, _ in points], [wall.median for _, wall in points]
             axes.fill_between(
-                x,
+                [t for t, _ in points],
                 [wall.median - wall.spread for _, wall in points],
                 [wall.median + wall.spread for _, wall in points],
                 color=COLORS[name],
                 alpha=0.15,
                 linewidth=0,
             )
-            width = 2.4 if name == "fused" else 1.6
-            axes.plot(x, y, "-o", color=COLORS[name], linewidth=width, markersize=4)
-            ends.append(
-                (x[-1], y[-1], LABELS[name] + (", best flags" * (name == "psum")), COLORS[name])
-            )
+        label = LABELS[name] + (", best flags" * (name == "psum"))
+        medians = [(t, wall.median) for t, wall in points]
+        weight = 2.4 if name == "fused" else 1.6
+        _curve(axes, ends, medians, label, COLORS[name], marker="o", linewidth=weight)
     for name, dashes in (("fused", (5, 2)), ("flashinfer all-reduce", (5, 2)), ("wire", (1, 1.5))):
         points = [
             (t, lines[t][name].kernel) for t in tokens if name in lines[t] and lines[t][name].kernel
         ]
-        if points:
-            x, y = zip(*points)
-            color = COLORS.get(name, COLORS["floor"])
-            axes.plot(x, y, color=color, linewidth=1.2, dashes=dashes)
-            ends.append((x[-1], y[-1], f"{LABELS[name]}, kernel", color))
+        color, label = COLORS.get(name, COLORS["floor"]), f"{LABELS[name]}, kernel"
+        _curve(axes, ends, points, label, color, linewidth=1.2, dashes=dashes)
     _token_axis(axes, tokens)
     _label_ends(axes, ends)
 
 
-def _speed_up_panel(axes, base: str, table: dict[int, dict[int, dict[str, Timing]]]) -> None:
+def _speed_up_panel(axes, base: str, table: dict[int, Lines]) -> None:
     _panel(axes, f"{LABELS[base]} / fused", "speed-up over the best flag set" * (base == "psum"))
     ends = []
     for shade, width in zip(SHADES[-len(table) :], sorted(table)):
@@ -503,10 +518,7 @@ def _speed_up_panel(axes, base: str, table: dict[int, dict[int, dict[str, Timing
             for t, line in sorted(table[width].items())
             if base in line and "fused" in line
         ]
-        if points:
-            x, y = zip(*points)
-            axes.plot(x, y, "-o", color=shade, linewidth=1.8, markersize=4)
-            ends.append((x[-1], y[-1], f"D = {width:,}", shade))
+        _curve(axes, ends, points, f"D = {width:,}", shade, marker="o", linewidth=1.8)
     axes.axhline(1, color=COLORS["psum"], linewidth=1)
     axes.set_ylim(bottom=0)
     _token_axis(axes, sorted(table[max(table)]))
@@ -535,63 +547,46 @@ def _second_norm_panel(axes, rows: Sequence[dict[str, Any]]) -> None:
 
 def block_plot(record: Record, path: Path) -> None:
     """Time a layer over tokens, a panel for each model, with its floors."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     models = common.grouped(record["rows"], "model")
-    figure = Figure(figsize=(5.6 * len(models), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    figure, panels = _panels(5.6 * len(models), 4.6, 1, len(models))
     for axes, (model, rows) in zip(panels, models.items()):
-        lines = {
-            tokens: best(line, "layer_us")
-            for tokens, line in common.grouped(rows, "tokens").items()
-        }
+        lines = best_of_lines(rows, "tokens", "layer_us")
         tokens = sorted(lines)
         _panel(axes, f"Block of {model}", "us a layer, wall time")
         _microsecond_axis(axes)
         ends = []
         for name in ("sum", "psum", "fused", "fused sandwich", "matmuls alone"):
             points = [(t, lines[t][name].wall.median) for t in tokens if name in lines[t]]
-            if points:
-                x, y = zip(*points)
-                floor = name == "matmuls alone"
-                color = COLORS["floor" if floor else name]
-                style = {"dashes": (5, 2), "linewidth": 1.2} if floor else {"marker": "o"}
-                axes.plot(x, y, color=color, markersize=4, **style)
-                ends.append((x[-1], y[-1], LABELS.get(name, name), color))
+            floor = name == "matmuls alone"
+            style = {"dashes": (5, 2), "linewidth": 1.2} if floor else {"marker": "o"}
+            color = COLORS["floor" if floor else name]
+            _curve(axes, ends, points, LABELS.get(name, name), color, **style)
         weights = record["facts"]["weights_us"][model]
         axes.axhline(weights, color=COLORS["floor"], linewidth=1.2, dashes=(1, 1.5))
         ends.append((tokens[-1], weights, "weights read once", COLORS["floor"]))
         _token_axis(axes, tokens)
         _label_ends(axes, ends)
-    figure.text(0.005, -0.03, headline(record) + ", bfloat16", fontsize=8, color="#777777")
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    _save(figure, headline(record) + ", bfloat16", path)
 
 
 def model_plot(record: Record, path: Path) -> None:
     """Time of a decode step over the batch, a panel for each model, with its floor."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     decodes = [row for row in record["rows"] if row["phase"] == "decode" and "step_us" in row]
     models = common.grouped(decodes, "model")
     columns = min(3, max(1, len(models)))
     lines_of_panels = math.ceil(len(models) / columns) or 1
-    figure = Figure(figsize=(5.4 * columns, 4.2 * lines_of_panels), layout="constrained")
-    panels = figure.subplots(lines_of_panels, columns, squeeze=False).ravel()
+    figure, panels = _panels(5.4 * columns, 4.2 * lines_of_panels, lines_of_panels, columns)
     for axes in panels[len(models) :]:
         axes.set_axis_off()
     for axes, (model, rows) in zip(panels, models.items()):
-        lines = common.grouped(rows, "batch")
-        timings = {batch: best(line, "step_us") for batch, line in lines.items()}
+        lines, timings = common.grouped(rows, "batch"), best_of_lines(rows, "batch", "step_us")
         _panel(axes, model.replace("_", " "), "us a decode step, wall time")
         _microsecond_axis(axes)
         ends = []
         for name in MODEL_ORDER:
             points = [(n, line[name].wall.median) for n, line in timings.items() if name in line]
-            if points:
-                x, y = zip(*points)
-                width = 2.4 if name == "fused" else 1.6
-                axes.plot(x, y, "-o", color=COLORS[name], linewidth=width, markersize=4)
-                ends.append((x[-1], y[-1], name, COLORS[name]))
+            weight = 2.4 if name == "fused" else 1.6
+            _curve(axes, ends, points, name, COLORS[name], marker="o", linewidth=weight)
         floors = [max(line, key=lambda row: row["ranks"])["floor_us"] for line in lines.values()]
         axes.plot([*lines], floors, color=COLORS["floor"], linewidth=1.2, dashes=(5, 2))
         ends.append((max(lines), floors[-1], "floor", COLORS["floor"]))
@@ -600,18 +595,13 @@ def model_plot(record: Record, path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlabel("batch", fontsize=9)
         _label_ends(axes, ends)
-    footer = headline(record) + ", bfloat16, random weights"
-    figure.text(0.005, -0.03, footer, fontsize=8, color="#777777")
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    _save(figure, headline(record) + ", bfloat16, random weights", path)
 
 
 def tunix_plot(record: Record, path: Path) -> None:
     """Bars of the time of a step, a panel for each phase."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     phases = common.grouped(record["rows"], "model", "phase", "batch")
-    figure = Figure(figsize=(4.6 * len(phases), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(phases), squeeze=False)[0]
+    figure, panels = _panels(4.6 * len(phases), 3.2, 1, len(phases))
     for axes, ((model, phase, batch), rows) in zip(panels, phases.items()):
         timings = best(rows, "step_us")
         names = [name for name in MODEL_ORDER if name in timings]
@@ -622,22 +612,18 @@ def tunix_plot(record: Record, path: Path) -> None:
             axes.bar(name, wall.median, yerr=wall.spread, width=0.6, color=COLORS[name])
             axes.annotate(f"{wall.median:,.0f}", (name, 0), (0, 4), textcoords="offset points",
                           ha="center", color="white", fontsize=10)  # fmt: skip
-    footer = headline(record) + ", bfloat16, random weights"
-    figure.text(0.005, -0.03, footer, fontsize=8, color="#777777")
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    _save(figure, headline(record) + ", bfloat16, random weights", path)
 
 
 def profile_plot(record: Record, path: Path) -> None:
     """Timelines of the first device on one scale, over stacked bars of the same device."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
 
     sides, walls = _sides(record), _walls(record)
     sums = {label: next(iter(side["devices"].values())) for label, side in sides.items()}
     longest = max(sum(times.values()) for times in sums.values())
 
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    timeline, bars = figure.subplots(2, 1, height_ratios=(1, 1.15))
+    figure, (timeline, bars) = _panels(12, 5.2, 2, 1, height_ratios=(1, 1.15))
     for axes in (timeline, bars):
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0, labelsize=11)
@@ -686,9 +672,7 @@ def profile_plot(record: Record, path: Path) -> None:
     shown = [kind for kind in xplane.ORDER if any(times[kind] for times in sums.values())]
     handles = [Patch(facecolor=COLORS[kind], edgecolor="#bbbbbb", linewidth=0.4) for kind in shown]
     figure.legend(handles, shown, loc="upper right", ncols=len(shown), frameon=False, fontsize=9.5)
-    footer = _headline_of_own_run(record).strip()
-    figure.text(0.005, -0.03, footer, fontsize=8, color="#777777")
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    _save(figure, _headline_of_own_run(record).strip(), path)
 
 
 #: Of each kind: its tables, and its picture.

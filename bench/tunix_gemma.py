@@ -36,8 +36,6 @@ import model
 import numpy as np
 import report
 
-import jax_gemma_arf as jga
-
 #: Module of tunix.models, class of the model, and constructor of its configuration. Three copies of
 #: each, with optimizers, fit two GPUs of 80 GB.
 MODELS = {
@@ -176,22 +174,20 @@ class Tokenizer:
     eos_id = staticmethod(lambda: -1)
 
 
-class Bench:
+class Bench(common.Bench):
     """A model on the devices there are."""
 
     def __init__(self, arguments: argparse.Namespace):
-        mode, devices = common.devices_for(arguments.ranks)
-        self.mode = "single" if mode == "loopback" else mode
+        super().__init__(arguments, "single")
         self.small = self.mode == "cpu"
-        self.arguments = arguments
         self.layers = arguments.layers or (4 if self.small or arguments.quick else 0)
         self.length = 32 if self.small else arguments.length
         self.steps = 16 if self.small else arguments.steps
         self.mesh = jax.make_mesh(
-            (1, len(devices)),
+            (1, self.ranks),
             ("fsdp", "tp"),
             axis_types=(jax.sharding.AxisType.Auto,) * 2,
-            devices=devices,
+            devices=self.devices,
         )
         self.implementations = {"official": None, "psum": "xla"}
         if self.mode == "mesh":
@@ -310,6 +306,15 @@ class Bench:
         model = self.model(name, copies, is_sampling=False)
         return Training(model, self.tokens(self.arguments.train_batch), self.mesh)
 
+    def facts(self) -> dict[str, Any]:
+        config = self.config(is_sampling=True)
+        return {
+            "prompt": self.length,
+            "steps": self.steps,
+            "timings": 2 * len(self.implementations),
+            self.arguments.model: {"layers": config.num_layers, "hidden": config.embed_dim},
+        }
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """Rows of the decode, then of the training, whose optimizers take the memory."""
         arrays = self.parameters()
@@ -348,8 +353,8 @@ class Bench:
             try:
                 runs[name].program = future.result()
                 results[name] = runs[name].result()
-            except Exception as error:  # an implementation that fails is a result, too
-                rows[name]["error"] = f"{type(error).__name__}: {error}"[:500]
+            except Exception as error:
+                rows[name] |= common.failure(error)
                 del runs[name]
         if "official" in runs:
             for name, run in runs.items():
@@ -367,26 +372,6 @@ def progress(text: str) -> dict[str, Any]:
 
 
 STARTED = time.monotonic()
-
-
-def work(arguments: argparse.Namespace) -> None:
-    """Times the model, in a child process."""
-    jax.config.update("jax_num_cpu_devices", 8)
-    jga.set_peer_timeout(20)  # a program that hangs is a failed timing
-    bench = Bench(arguments)
-    config = bench.config(is_sampling=True)
-    facts = {
-        "mode": bench.mode,
-        "ranks": bench.mesh.size,
-        "device": bench.mesh.devices.flat[0].device_kind,
-        "prompt": bench.length,
-        "steps": bench.steps,
-        "timings": 2 * len(bench.implementations),
-        arguments.model: {"layers": config.num_layers, "hidden": config.embed_dim},
-    }
-    common.emit({"facts": facts})
-    for row in bench.rows():
-        common.emit(row)
 
 
 def main() -> None:
@@ -410,7 +395,7 @@ def main() -> None:
     if importlib.util.find_spec("tunix") is None:
         parser.error("needs google-tunix: pip install '.[bench,tunix]'")
     if common.in_child(arguments):
-        work(arguments)
+        common.work(Bench, arguments)
         return
     # Nothing but the package's small workspaces lies outside JAX's pool.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
 
-TOKENS, HIDDEN, FF = 4, 256, 512
-SHAPES = {"activations": (TOKENS, FF), "w_down": (FF, HIDDEN), "residual": (TOKENS, HIDDEN)}
+TOKENS, WIDTH, FF = 4, 256, 512
+SHAPES = {"activations": (TOKENS, FF), "w_down": (FF, WIDTH), "residual": (TOKENS, WIDTH)}
 SPECS = {"activations": P(None, "tensor"), "w_down": P("tensor", None), "residual": P(None, None)}
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     """Prints how far each is off; raises if any is too far."""
     jax.config.update("jax_num_cpu_devices", 2)
     rng = np.random.default_rng(0)
-    shapes = [*SHAPES.values(), (HIDDEN,), ()]
+    shapes = [*SHAPES.values(), (WIDTH,), ()]
     specs = [*SPECS.values(), P(), P()]
     operands = [np.asarray(rng.standard_normal(shape), np.float32) for shape in shapes]
     want = expected(*operands)

@@ -38,7 +38,7 @@ Arrays = dict[str, jax.Array]
 class Sizes:
     """A model and a number of decode steps. per_layer_width: 0 if it has no per-layer inputs."""
 
-    hidden: int
+    width: int
     ff: int
     heads: int
     kv_heads: int
@@ -49,7 +49,7 @@ class Sizes:
 
     def __str__(self) -> str:
         heads = f"{self.heads} heads and {self.kv_heads} KV heads of {self.head_dim}"
-        return f"D {self.hidden}, FF {self.ff}, {heads}, {self.layers} layers, {self.steps} steps"
+        return f"D {self.width}, FF {self.ff}, {heads}, {self.layers} layers, {self.steps} steps"
 
     def cut_down(self) -> "Sizes":
         """The same D, and little else, for CPUs and for the float64 computation."""
@@ -60,34 +60,34 @@ class Sizes:
 
 
 MODELS = {
-    "31B": Sizes(hidden=5376, ff=21504, heads=32, kv_heads=16),
+    "31B": Sizes(width=5376, ff=21504, heads=32, kv_heads=16),
     # E2B has a single KV head, which cannot be sharded; here there is one for each head.
-    "E2B": Sizes(hidden=1536, ff=6144, heads=8, kv_heads=8, per_layer_width=256),
+    "E2B": Sizes(width=1536, ff=6144, heads=8, kv_heads=8, per_layer_width=256),
 }
 
 
 def param_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Shapes of one layer's parameters."""
-    hidden, ff, width = sizes.hidden, sizes.ff, sizes.per_layer_width
+    width, ff, per_layer = sizes.width, sizes.ff, sizes.per_layer_width
     q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     shapes = {
-        "pre_attention_norm": (hidden,),
-        "w_q": (hidden, q),
-        "w_k": (hidden, kv),
-        "w_v": (hidden, kv),
+        "pre_attention_norm": (width,),
+        "w_q": (width, q),
+        "w_k": (width, kv),
+        "w_v": (width, kv),
         "q_norm": (sizes.head_dim,),
         "k_norm": (sizes.head_dim,),
-        "w_out": (q, hidden),
-        "post_attention_norm": (hidden,),
-        "pre_ff_norm": (hidden,),
-        "w_gate": (hidden, ff),
-        "w_up": (hidden, ff),
-        "w_down": (ff, hidden),
-        "post_ff_norm": (hidden,),
+        "w_out": (q, width),
+        "post_attention_norm": (width,),
+        "pre_ff_norm": (width,),
+        "w_gate": (width, ff),
+        "w_up": (width, ff),
+        "w_down": (ff, width),
+        "post_ff_norm": (width,),
         "layer_scalar": (1,),
     }
-    per_layer = {"w_in": (hidden, width), "w_out": (width, hidden), "norm": (hidden,)}
-    return shapes | {f"per_layer_{k}": shape for k, shape in per_layer.items() if width}
+    branch = {"w_in": (width, per_layer), "w_out": (per_layer, width), "norm": (width,)}
+    return shapes | {f"per_layer_{k}": shape for k, shape in branch.items() if per_layer}
 
 
 def param_specs(sizes: Sizes) -> dict[str, P]:
@@ -126,7 +126,7 @@ def init_arguments(sizes: Sizes) -> tuple[Arrays, Arrays, jax.Array, jax.Array |
     keys = jax.random.split(jax.random.key(0), 3)
     cache_shape = (sizes.layers, BATCH, sizes.steps, sizes.kv_heads, sizes.head_dim)
     cache = {name: jnp.zeros(cache_shape, jnp.bfloat16) for name in ("k", "v")}
-    inputs = jax.random.normal(keys[1], (sizes.steps, BATCH, sizes.hidden), jnp.bfloat16)
+    inputs = jax.random.normal(keys[1], (sizes.steps, BATCH, sizes.width), jnp.bfloat16)
     per_layer_inputs = None
     if width := sizes.per_layer_width:
         shape = (sizes.steps, sizes.layers, BATCH, width)
@@ -256,7 +256,7 @@ def median_seconds(functions: list[Callable], arguments: tuple) -> list[float]:
 
 def decision(sizes: Sizes, mesh: Mesh) -> Support:
     """The decision for both calls of a block: they differ only in the layer scalar."""
-    return fusion_support((BATCH, sizes.hidden), jnp.bfloat16, mesh=mesh, axis_name="tp")
+    return fusion_support((BATCH, sizes.width), jnp.bfloat16, mesh=mesh, axis_name="tp")
 
 
 def print_row(name: str, checked: Sizes, timed: Sizes, mesh: Mesh, reference: np.ndarray) -> bool:

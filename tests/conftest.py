@@ -72,6 +72,22 @@ def built():
 
 
 @pytest.fixture
+def flashinfer():
+    """The extension with FlashInfer's kernels, or a skip."""
+    if extension.load("flashinfer") is None:
+        pytest.skip(f"needs a build with FlashInfer: {extension.why_missing('flashinfer')}")
+    return extension.load("flashinfer")
+
+
+@pytest.fixture
+def compiled_in_a_hurry():
+    """For small models, where compiling takes nearly all of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def mesh(cpus):
     """Two virtual CPUs along "tp", in Auto mode."""
     return make_mesh((2,), ("tp",), cpus[:2])

@@ -29,14 +29,15 @@ from helpers.cases import (
     BF16,
     F16,
     F32,
-    GEMMA_HIDDEN,
+    GEMMA_WIDTHS,
     OPS,
     Case,
     Inputs,
     assert_matches,
     make_inputs,
 )
-from helpers.runners import ONE_MESSAGE_OPS, call_op, in_specs, make_mesh
+from helpers.places import bits_differ
+from helpers.runners import ONE_MESSAGE_OPS, call_op, in_specs, make_mesh, one_rank, place
 from jax_gemma_arf._src import decision
 from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_tail
@@ -64,7 +65,7 @@ def random_call(rng: np.random.Generator, ops: tuple[str, ...]) -> Call:
     dtype, residual_dtype, scale_dtype = ([half, half, F32][i] for i in rng.integers(3, size=3))
     case = Case(
         leading=(int(rng.choice(TOKENS)),),
-        hidden=int(rng.choice(GEMMA_HIDDEN)),
+        width=int(rng.choice(GEMMA_WIDTHS)),
         dtype=dtype,
         residual_dtype=residual_dtype,
         scale_dtype=scale_dtype,
@@ -104,9 +105,8 @@ class Backend:
         if self.mesh is None:
             options |= {"algorithm": call.algorithm, "implementation": self.implementation}
             return loopback_tail(Operands(*inputs), **options)
-        inputs = inputs._replace(partial_sums=tuple(x[0] for x in inputs.partial_sums))
         options["implementation"] = self.implementation if self.on_gpus else None
-        return call_op(case, inputs, axis_name="tp", **options)
+        return call_op(case, one_rank(inputs), axis_name="tp", **options)
 
     def jit(self, function: Callable, in_specs, out_specs, *, graphs: bool) -> Callable:
         """jit of a function of one program's ranks, with CUDA graphs or without."""
@@ -128,8 +128,7 @@ class Backend:
     def place(self, value, specs):
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, value)
-        put_on = functools.partial(jax.NamedSharding, self.mesh)
-        return jax.tree.map(lambda a, spec: jax.device_put(a, put_on(spec)), value, specs)
+        return place(self.mesh, value, specs)
 
 
 def stack(sets: list[Inputs]) -> Inputs:
@@ -147,13 +146,6 @@ def pick(stacked: Inputs, index) -> Inputs:
         partial_sums=tuple(map(take, stacked.partial_sums)),
         residual=None if stacked.residual is None else take(stacked.residual),
     )
-
-
-def bits_differ(out: jax.Array, expected: jax.Array) -> jax.Array:
-    """Returns whether any bit of any rank's result differs."""
-    bits = {2: jnp.uint16, 4: jnp.uint32}[out.dtype.itemsize]
-    cast = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
-    return jnp.any(cast(out) != cast(expected))
 
 
 class Program:

@@ -394,7 +394,7 @@ def test_axis_not_manual(cpus):
         jax.eval_shape(mapped, spec(4, 640), spec(4, 640), spec(640))
 
 
-def test_vmap_axis_is_not_a_mesh_axis(mesh):
+def test_vmap_axis_is_not_a_mesh_axis():
     with pytest.raises(
         ValueError, match=r"^must be called inside jax\.shard_map over axis_name, got 'batch'"
     ):

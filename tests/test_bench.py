@@ -5,10 +5,8 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -27,6 +25,8 @@ import report
 import rivals
 import tunix_gemma
 import xplane
+
+from helpers import children
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -216,9 +216,8 @@ def test_profile_compare_of_its_own_run(tmp_path, monkeypatch, capsys):
 
 
 def run(script, *arguments, out, **environment):
-    command = [sys.executable, ROOT / "bench" / script, *arguments, "--quick", "--out", out]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
-    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    command = ROOT / "bench" / script, *arguments, "--quick", "--out", out
+    children.python(*command, JAX_PLATFORMS="cpu", **environment).check()
     (path,) = out.glob("*.json")
     assert path.with_suffix(".png").exists()
     return report.read(path)
@@ -249,7 +248,7 @@ def test_every_block_lowers_for_gpus(mode, monkeypatch, cpus):
     devices = cpus[: 2 if mode == "mesh" else 1]
     monkeypatch.setattr(common, "devices_for", lambda _: (mode, devices))
     bench = block.Bench(argparse.Namespace(ranks=2, quick=True, repeats=1, layers=2, flag_set="A"))
-    sizes = block.Sizes(hidden=640, ff=1024, heads=512)
+    sizes = block.Sizes(width=640, ff=1024, heads=512)
     layers, h = bench.parameters(sizes), bench.hidden(sizes, tokens=3)
     assert len(bench.implementations()) == 4
     for name, how in bench.implementations().items():
@@ -310,7 +309,7 @@ def test_second_norm_is_the_only_difference(bench):
     assert operations[0] == operations[1]
 
 
-def test_second_norm_chain_is_checked(cpus):
+def test_second_norm_chain_is_checked():
     """With the oracle for the call: hidden goes on, and normed is the last call's."""
     arguments = op.parse(["--tokens", "3", "--hidden", "640", "--ops", "post_ff"])
     arguments.flag_set = "A"
@@ -355,7 +354,7 @@ def test_in_turn():
     assert "".join(taken[8:]) == "aabb" * 3
 
 
-def test_oracle_chain_is_the_chain(cpus):
+def test_oracle_chain_is_the_chain():
     """The loop that checks computes what the calls in a row compute, with psum for the call."""
     arguments = op.parse(["--tokens", "3", "--hidden", "640"])
     arguments.flag_set = "A"
@@ -639,15 +638,10 @@ def test_losses_that_are_off():
 
 
 def test_model_without_gemma():
-    code = "import sys; sys.modules['gemma'] = None; import model; model.main()"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT / "bench",
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r}); "
+    code += "sys.modules['gemma'] = None; import model; model.main()"
+    result = children.python("-c", code)
+    assert result.status == 2
     assert result.stderr.endswith("needs google-deepmind/gemma: pip install '.[bench,gemma]'\n")
 
 
@@ -676,8 +670,5 @@ def test_a_child_that_fails_is_reported(monkeypatch):
 )
 def test_xla_knows_the_flags(flags):
     """It ends the process if it does not."""
-    subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices('cpu')"],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        check=True,
-    )
+    code = "import jax; jax.devices('cpu')"
+    children.python("-c", code, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").check()

@@ -273,7 +273,7 @@ def test_scan_that_drops_manual_axes(mesh, op):
 
 
 @pytest.mark.parametrize("axes", [1, 2])
-def test_param_specs_of_stacked_nnx(mesh, axes):
+def test_param_specs_of_stacked_nnx(axes):
     """Axes in front are sharded over none, in both modules; the layers run in nnx.scan."""
 
     def make(name):

@@ -1,16 +1,15 @@
 """The README is finished, and its example runs as printed."""
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import jax_gemma_arf as jga
+from helpers import children
 from helpers.runners import check_docstring_example
 from jax_gemma_arf import linen
 
@@ -25,14 +24,7 @@ def test_no_placeholder():
 def test_readme_example():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     (code,) = (block for block in blocks if "shard_map" in block)
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = children.python("-c", code, JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="2").check()
     # rmsnorm of equal entries is 1; (1 * 1 + 1) * 0.5
     assert result.stdout.startswith("[[1 1 1 ... 1 1 1]")
     assert result.stdout.endswith("platform is cpu, not CUDA\n")
@@ -40,14 +32,7 @@ def test_readme_example():
 
 def test_adopt_example():
     """Each way in docs/adopting.md; the script compares with float64."""
-    result = subprocess.run(
-        [sys.executable, ROOT / "examples" / "adopt.py"],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = children.python(ROOT / "examples" / "adopt.py", JAX_PLATFORMS="cpu").check()
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
         "explicit",
         "automatic",
@@ -68,14 +53,8 @@ def test_adopting_snippets(code):
     for module in set(re.findall(r"from (tunix)", code)):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs {module}: the extra of pyproject.toml")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    result = children.python("-W", "ignore", "-c", code, **environment).check()
     if "audit" in code:
         gather, reduction = "kind='all-gather', shapes=((256, 256),)", "kind='all-reduce', shapes="
         assert f"[Collective({gather}), Collective({reduction}((2, 8, 256),))]" in result.stdout

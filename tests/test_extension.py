@@ -59,14 +59,8 @@ def test_mesh_handlers_register(built, record):
         f"jax.ffi.register_ffi_target('{REGISTER_TARGET}', stages, platform='cpu')\n"
         "print(*built.mesh_stages())"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", extension.RECORD_VARIABLE: str(int(record))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    environment = {"JAX_PLATFORMS": "cpu", extension.RECORD_VARIABLE: str(int(record))}
+    result = children.python("-c", code, **environment).check()
     stages = ["instantiate", "prepare", "initialize", "execute"] + ["record"] * record
     assert result.stdout.split() == stages
 
@@ -102,13 +96,8 @@ def test_record_is_for_known_versions():
     known = jaxlib.version.__version_info__[:2] <= newest_tested
     code = "from jax_gemma_arf._src import extension; print(extension.RECORD)"
     for value, expected in (("", False), ("0", False), ("1", known)):
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {extension.RECORD_VARIABLE: value, "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        environment = {"JAX_PLATFORMS": "cpu", extension.RECORD_VARIABLE: value}
+        result = children.python("-c", code, **environment).check()
         assert result.stdout.split() == [str(expected)]
 
 
@@ -195,9 +184,7 @@ def test_import_without_extension():
             f"sys.modules['jax_gemma_arf._not_built'] = {not_built}\n"
             "import jax_gemma_arf.__main__ as report; print(report.describe_extension())"
         )
-        result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
+        result = children.python("-c", code).check()
         assert result.stdout.startswith(f"runs as psum, the extension was not built: {reason}")
         assert result.stdout.count("\n") == 1
 
@@ -337,8 +324,8 @@ def test_report(capsys, monkeypatch):
     report.main()
     out = capsys.readouterr().out
     assert f"jax_gemma_arf {jax_gemma_arf.__version__}" in out
-    for model, hidden in report.GEMMA4_HIDDEN.items():
-        assert re.search(rf"{model} +D = {hidden}, +1 tokens: (kernel|psum) +\(.+\)", out)
+    for model, width in report.GEMMA4_HIDDEN.items():
+        assert re.search(rf"{model} +D = {width}, +1 tokens: (kernel|psum) +\(.+\)", out)
 
 
 @pytest.mark.parametrize("version", ["0.12.0.1", "0.12.0.2"])
@@ -347,15 +334,10 @@ def test_newer_jax_warns_at_import(version):
         f"import jax; jax.__version__ = {version!r}; "
         "jax.__version_info__ = tuple(map(int, jax.__version__.split('.'))); import jax_gemma_arf"
     )
-    result = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = children.python("-W", "error::UserWarning", "-c", program)
     newer = version == "0.12.0.2"
     assert ("tested with JAX up to 0.12.0.1, this is" in result.stderr) == newer
-    assert result.returncode == int(newer), result.stderr
+    assert result.status == int(newer), result
 
 
 @pytest.mark.parametrize(

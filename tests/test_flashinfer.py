@@ -33,15 +33,6 @@ def on_mesh(call, mesh):
     )
 
 
-@pytest.fixture
-def flashinfer():
-    """The extension with FlashInfer's kernels, or a skip."""
-    built = extension.load("flashinfer")
-    if built is None:
-        pytest.skip(f"needs a build with FlashInfer: {extension.why_missing('flashinfer')}")
-    return built
-
-
 def test_handlers_register(flashinfer):
     mesh, loopback = lowering.TARGETS["flashinfer"]
     stages = {"instantiate", "initialize", "execute"}

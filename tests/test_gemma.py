@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from helpers import gemma_models
 from helpers import gemma_sizes as sizes
-from helpers.gemma_models import ckpts, gemma3n, off
+from helpers.gemma_models import ckpts, gemma3n, off, sharded
 from helpers.runners import make_mesh
 from jax_gemma_arf._src import lowering
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
@@ -29,11 +29,8 @@ def lowered(variant: str, mesh, platform: str, implementation=None, **changes) -
     model = gemma_models.official(variant, dtype=jnp.bfloat16, **changes)
     model = tensor_parallel(model, mesh, implementation=implementation)
     tokens = jax.ShapeDtypeStruct((sizes.BATCH, sizes.TOKENS), jnp.int32)
-    params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=s),
-        jax.eval_shape(model.init, jax.random.key(0), tokens)["params"],
-        param_shardings(model),
-    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    params = gemma_models.structs(shapes, param_shardings(model), jnp.bfloat16)
     apply = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens).logits)
     return apply.trace(params, tokens).lower(lowering_platforms=(platform,)).as_text()
 
@@ -81,17 +78,16 @@ def test_tables_are_used_in_parts(variant, mesh):
 
 @pytest.mark.parametrize("variant", ["31B", "E2B"])
 @pytest.mark.parametrize("vocabulary", [sizes.VOCAB, sizes.VOCAB - 1], ids=["divided", "whole"])
-def test_token_ids(variant, vocabulary, mesh):
+def test_token_ids(variant, vocabulary):
     """Ids out of range count from the end or are clamped, as in the official model, also where the
     ranks do not divide the vocabulary."""
     official = gemma_models.official(variant, num_embed=vocabulary)
-    model = tensor_parallel(official, mesh)
     host = gemma_models.params(variant)
     host["embedder"] = {
         name: leaf[:vocabulary] if "embedding" in name else leaf
         for name, leaf in host["embedder"].items()
     }
-    params = jax.device_put(host, param_shardings(model, host))
+    model, params = sharded(official, host)
     spec = params["embedder"]["input_embedding"].sharding.spec
     assert spec == (P(("tp",)) if vocabulary == sizes.VOCAB else P())
     tokens = np.array([[1, 31, 32, -1, -2, 62], [63, 64, 70, 1 << 20, -70, 5]], np.int32)
@@ -163,11 +159,7 @@ def test_checkpoint(mesh, tmp_path):
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "params", host)
     model = tensor_parallel(gemma_models.official("Gemma3"), mesh)
-    wanted = jax.tree.map(
-        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        gemma_models.shapes("Gemma3"),
-        param_shardings(model),
-    )
+    wanted = gemma_models.structs(gemma_models.shapes("Gemma3"), param_shardings(model))
     params = ckpts.load_params(tmp_path / "params", params=wanted, donate=False)
     model.apply({"params": params}, sizes.tokens())  # which checks how they lie
     jax.tree.map(np.testing.assert_array_equal, params, host)
@@ -218,10 +210,8 @@ def test_no_mesh(wrong):
         tensor_parallel(gemma_models.official("31B"), wrong)
 
 
-def test_missing_layer(mesh):
-    model = tensor_parallel(gemma_models.official("31B"), mesh)
-    host = gemma_models.params("31B", 1)
-    params = jax.device_put(host, param_shardings(model, host))
+def test_missing_layer():
+    model, params = sharded(gemma_models.official("31B"), gemma_models.params("31B", 1))
     with pytest.raises(ValueError, match=r"hold the 2 layers .*got none for layer_1; is the check"):
         model.apply({"params": params}, sizes.tokens())
 
@@ -290,9 +280,8 @@ def test_parameters_that_lie_otherwise(mesh):
         model.apply({"params": params}, sizes.tokens())
 
 
-def test_official_cache_with_too_few_heads(mesh):
-    model = tensor_parallel(gemma_models.official("E2B"), mesh)
-    params = jax.device_put(gemma_models.params("E2B"), param_shardings(model))
+def test_official_cache_with_too_few_heads():
+    model, params = sharded(gemma_models.official("E2B"), gemma_models.params("E2B"))
     cache = model.config.init_cache(batch_size=2, dtype=jnp.float32, cache_length=16)
     mask = np.ones((2, sizes.TOKENS, 16), bool)
     with pytest.raises(ValueError, match=r"layer_0 of the cache has 1 KV heads.*init_cache"):

@@ -6,12 +6,11 @@ compiled for H100s here, with JAX's CUDA plugin and no GPU (compile_gemma.py).
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from helpers import children
 from helpers import gemma_sizes as sizes
 
 HERE = Path(__file__).parent
@@ -24,16 +23,14 @@ def programs():
     pytest.importorskip("gemma", reason="needs google-deepmind/gemma: pip install '.[gemma]'")
     paths = [str(HERE), *([str(PLUGIN)] if PLUGIN.exists() else [])]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it wants cuDNN, for which nothing here asks
-    }
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "helpers.compile_gemma", *sizes.VARIANTS]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = children.python(
+        *("-P", "-W", "ignore", "-m", "helpers.compile_gemma", *sizes.VARIANTS),
+        PYTHONPATH=os.pathsep.join(paths),
+        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",  # it wants cuDNN, for which nothing here asks
+    )
     if "No module named 'jax_plugins" in run.stderr:
         pytest.skip("needs JAX's CUDA plugin: make test puts it into build/cuda_plugin")
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.check().stdout.splitlines()]
 
 
 @pytest.mark.timeout(400)  # the first compiles for all
@@ -46,7 +43,7 @@ def test_collectives(programs, built, variant):
     assert len(steps) == 5
     layers = sizes.LAYERS["E2B"] * sizes.PER_LAYER_WIDTH
     for step in steps:
-        row = sizes.HIDDEN + (layers if step["variant"] == "E2B" else 0)
+        row = sizes.WIDTH + (layers if step["variant"] == "E2B" else 0)
         expected = [
             ["all-reduce", step["batch"] * row],
             ["all-gather", step["batch"] * step["ranks"]],
@@ -55,4 +52,4 @@ def test_collectives(programs, built, variant):
         assert step["calls"] == 2 * sizes.LAYERS[variant], step
     # The check can fail: the official model with the same shardings gathers its table.
     largest = max(size for kind, size in official["collectives"] if kind == "all-gather")
-    assert largest >= sizes.VOCAB * sizes.HIDDEN
+    assert largest >= sizes.VOCAB * sizes.WIDTH

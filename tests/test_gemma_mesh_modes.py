@@ -145,11 +145,8 @@ def test_auto_axes(cpus):
     mesh = jax.make_mesh((2,), ("tp",), devices=cpus[:2])
     model = tensor_parallel(gemma_models.official(VARIANT, LAYERS), mesh)
     with jax.set_mesh(mesh):
-        shapes = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            gemma_models.shapes(VARIANT, LAYERS),
-            param_shardings(model),
-        )
+        shapes = gemma_models.shapes(VARIANT, LAYERS)
+        shapes = gemma_models.structs(shapes, param_shardings(model))
         labels = jax.ShapeDtypeStruct(sizes.tokens().shape, jnp.int32)
 
         def gathers(loss):

@@ -16,8 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from helpers import gemma_models
 from helpers import gemma_sizes as sizes
-from helpers.gemma_models import off
-from helpers.runners import make_mesh
+from helpers.gemma_models import off, sharded
 from jax_gemma_arf._src.reference import rmsnorm
 from jax_gemma_arf.integrations import gemma
 
@@ -29,21 +28,13 @@ all_variants = pytest.mark.parametrize("variant", sizes.VARIANTS)
 all_ranks = pytest.mark.parametrize("ranks", RANKS)
 
 
-def sharded(variant: str, ranks: int, layers: int | None = None, **options):
-    """Returns a model over the first `ranks` CPUs, and a function that places parameters for it."""
-    mesh = make_mesh((ranks,), ("tp",), jax.devices("cpu")[:ranks])
-    model = gemma.tensor_parallel(gemma_models.official(variant, layers, **options), mesh)
-    return model, lambda params: jax.device_put(params, gemma.param_shardings(model, params))
-
-
 @functools.cache
 def run(variant: str, ranks: int, layers: int | None = None, cached: bool = False) -> Any:
     """Logits with the cache, or logits and hidden states without; ranks 0 is the official model."""
     params = gemma_models.params(variant, layers)
     model = gemma_models.official(variant, layers)
     if ranks:
-        model, place = sharded(variant, ranks, layers)
-        params = place(params)
+        model, params = sharded(model, params, ranks)
     return (gemma_models.cached_logits if cached else gemma_models.prefill)(model, params)
 
 
@@ -87,15 +78,15 @@ def test_router():
     scaled; the router of transformers normalises the residual stream. They differ, by more than
     folding weights could mend, unless that scale is 1, as in the other tests, but not here."""
     params = gemma_models.params("26B", plain_router=False)
-    official = gemma_models.prefill(gemma_models.official("26B"), params)["logits"]
-    model, place = sharded("26B", 2)
-    assert off(gemma_models.prefill(model, place(params))["logits"], official) < TOLERANCE
+    model = gemma_models.official("26B")
+    official = gemma_models.prefill(model, params)["logits"]
+    assert off(gemma_models.prefill(*sharded(model, params))["logits"], official) < TOLERANCE
     for i in range(sizes.LAYERS["26B"]):  # as transformers: the scale reaches the experts alone
         layer = params[f"layer_{i}"]
         experts = layer["mlp"]["gating_einsum"]
         experts["w"] = experts["w"] * layer["pre_ffw_norm"]["scale"]
         layer["pre_ffw_norm"]["scale"] = np.ones_like(layer["pre_ffw_norm"]["scale"])
-    as_transformers = gemma_models.prefill(gemma_models.official("26B"), params)["logits"]
+    as_transformers = gemma_models.prefill(model, params)["logits"]
     assert off(as_transformers, official) > 100 * TOLERANCE
 
 
@@ -115,9 +106,9 @@ def test_add_before_norm_is_noticed(variant, monkeypatch):
     monkeypatch.setattr(gemma, "fused_post_ff", wrong)
     monkeypatch.setattr(gemma, "fused_sandwich", wrong_sandwich)
     jax.clear_caches()
-    model, place = sharded(variant, 2)
+    model, params = sharded(gemma_models.official(variant), gemma_models.params(variant))
     gemma_models.apply.cache_clear()
-    logits = gemma_models.prefill(model, place(gemma_models.params(variant)))["logits"]
+    logits = gemma_models.prefill(model, params)["logits"]
     gemma_models.apply.cache_clear()
     jax.clear_caches()
     assert off(logits, run(variant, 0)["logits"]) > 1e-1
@@ -128,11 +119,10 @@ def test_bfloat16(variant):
     """The package's own norm rounds to bfloat16 within; ours does not. So ours must be about as
     near to the float32 model, of unrounded parameters, as the official one."""
     params = gemma_models.params(variant, dtype=jnp.bfloat16)
-    model, place = sharded(variant, 2, dtype=jnp.bfloat16)
     exact = run(variant, 0)["logits"]
     official = gemma_models.official(variant, dtype=jnp.bfloat16)
     theirs = gemma_models.prefill(official, params)["logits"]
-    ours = gemma_models.prefill(model, place(params))["logits"]
+    ours = gemma_models.prefill(*sharded(official, params))["logits"]
     assert off(ours, exact) < 1.5 * off(theirs, exact) < 0.15
 
 
@@ -146,30 +136,19 @@ def test_gradients():
         logits = jax.nn.log_softmax(model.apply({"params": params}, tokens).logits)
         return -jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], 2).mean()
 
-    want = jax.jit(jax.grad(loss), static_argnums=1)(params, gemma_models.official(variant))
-    model, place = sharded(variant, 2)
-    grads = jax.jit(jax.grad(loss), static_argnums=1)(place(params), model)
+    official = gemma_models.official(variant)
+    want = jax.jit(jax.grad(loss), static_argnums=1)(params, official)
+    model, placed = sharded(official, params)
+    grads = jax.jit(jax.grad(loss), static_argnums=1)(placed, model)
     largest = max(np.abs(a).max() for a in jax.tree.leaves(want))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * largest), grads, want)
 
 
 def test_gemma2():
-    """Features that the variants above lack: gates of [2, D, H], one projection for query, key and
-    value, capped attention."""
-    changes = {
-        "transpose_gating_einsum": False,
-        "num_kv_heads": sizes.HEADS,
-        "attn_logits_soft_cap": 50.0,
-        "use_qk_norm": False,
-    }
-    official = gemma_models.official("Gemma3", **changes)
-    shapes = jax.eval_shape(official.init, jax.random.key(0), sizes.tokens())["params"]
-    params = jax.tree.map_with_path(
-        lambda path, leaf: sizes.weight(jax.tree_util.keystr(path), leaf.shape), shapes
-    )
-    mesh = make_mesh((2,), ("tp",), jax.devices("cpu")[:2])
-    model = gemma.tensor_parallel(official, mesh)
-    placed = jax.device_put(params, gemma.param_shardings(model))
+    """Features that the variants above lack."""
+    official = gemma_models.official("Gemma3", **sizes.GEMMA2)
+    params = gemma_models.random_params(official)
+    model, placed = sharded(official, params)
     assert placed["layer_0"]["mlp"]["gating_einsum"].sharding.spec == P(None, None, ("tp",))
     logits = gemma_models.prefill(model, placed)["logits"]
     assert off(logits, gemma_models.prefill(official, params)["logits"]) < TOLERANCE

@@ -35,15 +35,9 @@ class Batches(kd.data.Pipeline):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), next(iter(self)))
 
 
-@pytest.fixture
-def compiled_in_a_hurry():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
+@pytest.mark.usefixtures("compiled_in_a_hurry")
 @pytest.mark.filterwarnings("ignore:capture_intermediates gets only:UserWarning")
-def test_kauldron(cpus, tmp_path, compiled_in_a_hurry):
+def test_kauldron(cpus, tmp_path):
     """Parameters stay where the recipe puts them, over data and tensor axes, and are trained."""
     mesh = make_mesh((2, 4), ("data", "tp"), cpus)
     official = gemma_models.official("Gemma3", 1).clone(tokens="batch.tokens")

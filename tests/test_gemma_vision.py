@@ -6,8 +6,6 @@ import numpy as np
 from helpers import gemma_models
 from helpers import gemma_sizes as sizes
 from helpers.gemma_models import gemma3_vision, gemma3_vision_utils, gemma4_vision, off
-from helpers.runners import make_mesh
-from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
 IMAGE_TOKEN, VOCAB = 255_999, 262_148
 SIGLIP = gemma3_vision.SigLiPFromPatches(
@@ -31,18 +29,6 @@ GEMMA4_ENCODER = gemma4_vision.VisionEncoder(
 )
 
 
-def make_params(model):
-    shapes = jax.eval_shape(model.init, jax.random.key(0), sizes.tokens())["params"]
-    return jax.tree.map_with_path(
-        lambda path, leaf: sizes.weight(jax.tree_util.keystr(path), leaf.shape), shapes
-    )
-
-
-def sharded(model, host, ranks):
-    model = tensor_parallel(model, make_mesh((ranks,), ("tp",), jax.devices("cpu")[:ranks]))
-    return model, jax.device_put(host, param_shardings(model))
-
-
 def matmul_fraction(params) -> float:
     """Returns how much of the matmuls' weights of the layers lies on one device."""
     weights = [
@@ -57,7 +43,7 @@ def matmul_fraction(params) -> float:
 def test_siglip():
     """A Gemma 3 with images equals the official one; its encoder is split, and not gathered."""
     official = gemma_models.official("Gemma3", 1, vision_encoder=SIGLIP, num_embed=VOCAB)
-    host = make_params(official)
+    host = gemma_models.random_params(official)
     tokens = sizes.tokens().copy()
     tokens[:, 2] = IMAGE_TOKEN
     images = np.random.default_rng(0).integers(0, 255, (sizes.BATCH, 56, 56, 3)).astype(np.uint8)
@@ -71,7 +57,7 @@ def test_siglip():
     expected = hidden(official, host, images)
     assert off(hidden(official, host, 0 * images), expected) > 0.1
     for ranks in (2, 4):
-        model, params = sharded(official, host, ranks)
+        model, params = gemma_models.sharded(official, host, ranks)
         assert off(hidden(model, params, images), expected) < 2e-5
         assert matmul_fraction(params["vision_encoder"]) == 1 / ranks
     compiled = hidden.lower(model, params, images).compile().as_text()
@@ -81,7 +67,7 @@ def test_siglip():
 
 def test_gemma4_encoder():
     official = gemma_models.official("31B", 1, vision_encoder=GEMMA4_ENCODER)
-    host = make_params(official)
+    host = gemma_models.random_params(official)
     rng = np.random.default_rng(0)
     length = GEMMA4_ENCODER.max_patches
     patches = rng.random((2, length, 3 * 4**2)).astype(np.float32)
@@ -93,7 +79,7 @@ def test_gemma4_encoder():
 
     expected = encode(host["vision_encoder"])
     for ranks in (2, 4):
-        params = sharded(official, host, ranks)[1]["vision_encoder"]
+        params = gemma_models.sharded(official, host, ranks)[1]["vision_encoder"]
         assert off(encode(params), expected) < 2e-5
         assert matmul_fraction(params) == 1 / ranks
     compiled = encode.lower(params).compile().as_text()

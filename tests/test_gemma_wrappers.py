@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from helpers import gemma_models
 from helpers import gemma_sizes as sizes
-from helpers.gemma_models import gm, off, peft
+from helpers.gemma_models import gm, off, peft, sharded
 from helpers.runners import make_mesh
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
@@ -21,14 +21,6 @@ def lora(model):
 
 def int8(model):
     return gm.nn.IntWrapper(model=model, dtype=np.dtype(np.int8))
-
-
-GEMMA2 = {
-    "transpose_gating_einsum": False,
-    "num_kv_heads": sizes.HEADS,
-    "use_qk_norm": False,
-    "attn_logits_soft_cap": 50.0,
-}
 
 
 def official(**changes):
@@ -50,21 +42,15 @@ def make_params(model):
     return jax.tree.map_with_path(make, shapes)
 
 
-def sharded(model, host, ranks: int = 2):
-    """Returns the tensor parallel model, and its parameters."""
-    model = tensor_parallel(model, make_mesh((ranks,), ("tp",), jax.devices("cpu")[:ranks]))
-    return model, jax.device_put(host, param_shardings(model))
-
-
 @pytest.mark.parametrize(
     ("wrap", "ranks", "changes"),
     [
         (lora, 1, {}),
         (lora, 2, {}),
         (lora, 4, {}),
-        (lora, 2, GEMMA2),
+        (lora, 2, sizes.GEMMA2),
         (int8, 4, {}),
-        (int8, 2, GEMMA2),
+        (int8, 2, sizes.GEMMA2),
     ],
 )
 def test_wrapped(wrap, ranks, changes):

@@ -33,10 +33,10 @@ def lowered(
     """One call lowered for CUDA, as text."""
     if next_norms is None:
         next_norms = int(op == "sandwich")
-    *leading, hidden = shape
-    case = Case(tuple(leading), hidden, BF16, op=op, next_norms=next_norms)
+    *leading, width = shape
+    case = Case(tuple(leading), width, BF16, op=op, next_norms=next_norms)
     specs = in_specs(case, P(axis_name))
-    row, scale = tuple(shape), (hidden,)
+    row, scale = tuple(shape), (width,)
     shapes = Inputs(
         partial_sums=((mesh.shape[axis_name], *row),) * case.branches,
         norm_scales=(scale,) * (2 * case.branches - 1),
@@ -242,8 +242,8 @@ def test_fallback_on_cuda_is_a_warning(cpus, caplog, monkeypatch, case):
 def test_reasons_are_logged_once_whatever_their_numbers(mesh, caplog, monkeypatch):
     monkeypatch.setattr(lowering, "_logged", set())
     caplog.set_level("INFO", "jax_gemma_arf")
-    for hidden in (1000, 1001, 1002):
-        lowered(mesh, shape=(4, hidden))
+    for width in (1000, 1001, 1002):
+        lowered(mesh, shape=(4, width))
     assert len(caplog.records) == 1
 
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jax_gemma_arf as jga
 from helpers.cases import BF16
 from helpers.places import GRAPHS, NO_GRAPHS, Place, same_bits
+from helpers.runners import place
 from jax_gemma_arf._src import blocks, decision, extension
 from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf.loopback import loopback_tail
@@ -46,8 +47,7 @@ def on(where: Place, tree, specs):
     """NumPy arrays on the devices of a place."""
     if where.mesh is None:
         return jax.tree.map(jnp.asarray, tree)
-    shardings = jax.tree.map(functools.partial(jax.NamedSharding, where.mesh), specs)
-    return jax.device_put(tree, shardings)
+    return place(where.mesh, tree, specs)
 
 
 def mapped(where: Place, function, in_specs, out_specs, **options):

@@ -105,15 +105,17 @@ def on_cpus(coordinator: str, index: int) -> None:
     print(*(f"\nresult: {result}" for result in (*results, "right")), flush=True)
 
 
+def run_job(function, *, seconds: float = 100, **options) -> list[list[str]]:
+    """Returns the results that each of two processes has printed."""
+    outputs = [
+        child.check().stdout for child in children.run_job(function, seconds=seconds, **options)
+    ]
+    return [re.findall(r"^result: (.*?) *$", text, flags=re.MULTILINE) for text in outputs]
+
+
 def run_on_cpus(**second_environment):
     env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    address = children.coordinator()
-    pair = [
-        children.Child(on_cpus, address, 0, env=env),
-        children.Child(on_cpus, address, 1, env=env | second_environment),
-    ]
-    outputs = [child.check().stdout for child in children.run_together(pair, seconds=100)]
-    return [re.findall(r"^result: (.*?) *$", text, flags=re.MULTILINE) for text in outputs]
+    return run_job(on_cpus, env=(env, env | second_environment))
 
 
 def test_two_processes_on_cpus():
@@ -150,15 +152,8 @@ def with_other_devices(coordinator: str, index: int) -> None:
 def test_processes_of_different_sizes(disable_jit):
     """Each process's facts once, also with jit off, a mesh in context and transfers forbidden."""
     env = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_JIT": disable_jit}
-    address = children.coordinator()
-    pair = [
-        children.Child(with_other_devices, address, i, env=env | {"JAX_GEMMA_ARF_DISABLE": str(i)})
-        for i in range(2)
-    ]
-    first, second = (
-        re.findall(r"^result: (.*?) *$", child.check().stdout, flags=re.MULTILINE)
-        for child in children.run_together(pair, seconds=60)
-    )
+    env = [env | {"JAX_GEMMA_ARF_DISABLE": value} for value in "01"]
+    first, second = run_job(with_other_devices, seconds=60, env=env)
     assert first == second
     assert [line[-12:] for line in first[:2]] == [" disabled=0)", " disabled=1)"]
     assert "switched off by JAX_GEMMA_ARF_DISABLE" in first[2]
@@ -337,9 +332,7 @@ def on_gpus(coordinator: str, index: int, gpus_each: int) -> None:
 def test_multi_gpu_processes(built, require_gpus, gpus_each):
     """One process a GPU, or several, by the same code as one process for all."""
     require_gpus(2 * gpus_each)
-    address = children.coordinator()
-    pair = [children.Child(on_gpus, address, index, gpus_each) for index in range(2)]
-    for child in children.run_together(pair, seconds=110):
+    for child in children.run_job(on_gpus, gpus_each, seconds=110):
         assert child.check().stdout.endswith("right\n")
 
 
@@ -363,12 +356,7 @@ def without_ipc(coordinator: str, index: int) -> None:
 def test_peers_whose_memory_cannot_be_mapped(built, require_gpus):
     """Two processes of one GPU each: both fall back, with the reason."""
     require_gpus(2)
-    address = children.coordinator()
-    pair = [children.Child(without_ipc, address, i) for i in range(2)]
-    first, second = (
-        re.findall(r"^result: (.*?) *$", child.check().stdout, flags=re.MULTILINE)
-        for child in children.run_together(pair, seconds=100)
-    )
+    first, second = run_job(without_ipc)
     assert first == second
     assert first[0] == "True"
     assert "ok=False" in first[1]
@@ -398,9 +386,7 @@ def with_a_peer_that_dies(coordinator: str, index: int, options: dict[str, str])
 def test_multi_gpu_peer_dies(built, require_gpus, options):
     """Hazard 19: the survivor hears which rank did not come, and gets an error."""
     require_gpus(2)
-    address = children.coordinator()
-    pair = [children.Child(with_a_peer_that_dies, address, index, options) for index in range(2)]
-    survivor, victim = children.run_together(pair, seconds=100)
+    survivor, victim = children.run_job(with_a_peer_that_dies, options, seconds=100)
     assert victim.status == -signal.SIGKILL
     assert survivor.status == 1, survivor
     assert re.search(r"step [45] raised", survivor.stdout), survivor

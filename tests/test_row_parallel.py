@@ -12,11 +12,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
-from helpers.runners import make_mesh
+from helpers.runners import make_mesh, place
 from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf._src.reference import tail
 
-BATCH, TOKENS, HIDDEN, HEADS, HEAD = 4, 3, 256, 4, 8
+BATCH, TOKENS, WIDTH, HEADS, HEAD = 4, 3, 256, 4, 8
 UNITS = HEADS * HEAD
 OPTIONS: dict[str, Any] = {"eps": 0.1, "scale_offset": 1.0}
 
@@ -37,9 +37,9 @@ def quantised(params, x):
     return (x @ params["int8"].astype(x.dtype)) * params["scale"].astype(x.dtype)
 
 
-W, W_HEADS = ((UNITS, HIDDEN), P("tp", "fsdp")), ((HEADS, HEAD, HIDDEN), P("tp", None, "fsdp"))
-LORA = {"w": W_HEADS, "a": ((HEADS, HEAD, 2), P("tp")), "b": ((2, HIDDEN), P(None, "fsdp"))}
-QUANTISED = {"int8": W, "scale": ((HIDDEN,), P("fsdp"))}
+W, W_HEADS = ((UNITS, WIDTH), P("tp", "fsdp")), ((HEADS, HEAD, WIDTH), P("tp", None, "fsdp"))
+LORA = {"w": W_HEADS, "a": ((HEADS, HEAD, 2), P("tp")), "b": ((2, WIDTH), P(None, "fsdp"))}
+QUANTISED = {"int8": W, "scale": ((WIDTH,), P("fsdp"))}
 # A function, its parameters with their specs, the shape of x's features.
 PROJECTIONS = {
     "matrix": (matrix, W, (UNITS,)),
@@ -69,11 +69,11 @@ def make(name):
     arrays = {
         "params": jax.tree_util.tree_map_with_path(of_shapes, params, is_leaf=is_pair),
         "x": array((), (BATCH, TOKENS, *features)),
-        "residual": array((), (BATCH, TOKENS, HIDDEN)),
-        "norm_scale": array((), (HIDDEN,)),
+        "residual": array((), (BATCH, TOKENS, WIDTH)),
+        "norm_scale": array((), (WIDTH,)),
         "layer_scalar": jnp.float32(0.5),
-        "bias": array((), (HIDDEN,)),
-        "next_norm_scale": array((), (HIDDEN,)),
+        "bias": array((), (WIDTH,)),
+        "next_norm_scale": array((), (WIDTH,)),
     }
     specs = jax.tree.map(lambda _: P(), arrays) | {
         "params": jax.tree.map(lambda pair: pair[1], params, is_leaf=is_pair),
@@ -124,12 +124,6 @@ def assert_close(got, want, tolerance=1e-4):
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
-def put(mesh, arrays, specs):
-    return jax.tree.map(
-        lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), arrays, specs
-    )
-
-
 def fsdp_tp(cpus, axis_type=AxisType.Auto):
     return make_mesh((2, 2), ("fsdp", "tp"), cpus[:4], axis_type)
 
@@ -140,7 +134,7 @@ def test_matches_unsharded(cpus, name, axis_type):
     """Outputs and all gradients, over FSDP and TP."""
     mesh = fsdp_tp(cpus, axis_type)
     project, arrays, specs = make(name)
-    placed = put(mesh, arrays, specs)
+    placed = place(mesh, arrays, specs)
     options = {"token_spec": P("fsdp"), "params_spec": specs["params"]}
     if axis_type == AxisType.Explicit:  # where the types say so
         options = {}
@@ -159,7 +153,7 @@ def test_current_mesh(cpus, axis_type):
     mesh = fsdp_tp(cpus, axis_type)
     project, arrays, specs = make("lora")
     with jax.set_mesh(mesh):
-        placed = put(mesh, arrays, specs)
+        placed = place(mesh, arrays, specs)
         assert_close(fused(project, placed), unsharded(project, arrays))
 
 
@@ -200,7 +194,7 @@ def test_no_more_gathers(cpus):
     but the reduction itself: forward and backward."""
     mesh = fsdp_tp(cpus)
     project, arrays, specs = make("matrix")
-    placed = put(mesh, arrays, specs)
+    placed = place(mesh, arrays, specs)
     call = functools.partial(
         fused, project, mesh=mesh, token_spec=P("fsdp"), params_spec=specs["params"]
     )
@@ -211,7 +205,7 @@ def test_no_more_gathers(cpus):
         forward = jax.jit(function).lower(placed).compile()
         return [jga.audit(program) for program in (forward, step.lower(placed).compile())]
 
-    rows = (BATCH // 2, TOKENS, HIDDEN)
+    rows = (BATCH // 2, TOKENS, WIDTH)
     for ours, theirs in zip(found(call), found(functools.partial(unsharded, project))):
         for kind in ("all-gather", "all-to-all", "collective-permute"):
             assert sum(c.kind == kind for c in ours) <= sum(c.kind == kind for c in theirs), ours
@@ -223,12 +217,12 @@ def test_no_more_gathers(cpus):
 def test_down_proj_with_next_norms(cpus, axis_type):
     """On the current mesh; next norms are structured as their scales."""
     _, arrays, specs = make("matrix")
-    arrays["bias"] = jnp.zeros(HIDDEN)
+    arrays["bias"] = jnp.zeros(WIDTH)
     hidden, normed = unsharded(matrix, arrays)
     names = ("x", "params", "residual", "norm_scale", "layer_scalar")
     mesh = fsdp_tp(cpus, axis_type)
     with jax.set_mesh(mesh):
-        placed = put(mesh, arrays, specs)
+        placed = place(mesh, arrays, specs)
         call = jax.jit(
             functools.partial(
                 jga.down_proj_post_ff, axis_name="tp", token_spec=P("fsdp"), **OPTIONS
@@ -245,7 +239,7 @@ def test_down_proj_with_next_norms(cpus, axis_type):
 @pytest.mark.parametrize(
     ("scales", "message"),
     [
-        (jnp.ones(HIDDEN + 1), r"next_norm_scale must have the shape \(256,\).*got \(257,\)"),
+        (jnp.ones(WIDTH + 1), r"next_norm_scale must have the shape \(256,\).*got \(257,\)"),
         ((), "next_norm_scale must be an array .* of 1 to 3, got 0"),
     ],
     ids=["shape", "none"],
@@ -263,9 +257,9 @@ def test_moe(cpus):
     _, arrays, specs = make("einsum")
     rng = np.random.default_rng(1)
     experts = {
-        "router": jnp.asarray(rng.standard_normal((HIDDEN, 3)), jnp.float32),
-        "up": jnp.asarray(rng.standard_normal((3, HIDDEN, UNITS)), jnp.float32),
-        "down": jnp.asarray(rng.standard_normal((3, UNITS, HIDDEN)), jnp.float32),
+        "router": jnp.asarray(rng.standard_normal((WIDTH, 3)), jnp.float32),
+        "up": jnp.asarray(rng.standard_normal((3, WIDTH, UNITS)), jnp.float32),
+        "down": jnp.asarray(rng.standard_normal((3, UNITS, WIDTH)), jnp.float32),
     }
     expert_specs = {"router": P(), "up": P("fsdp", None, "tp"), "down": P("fsdp", "tp")}
     scales = [arrays["norm_scale"] + i for i in range(3)]
@@ -322,7 +316,7 @@ BAD = {
     "nonlinear": (lambda w, x: jnp.tanh(x) @ w, {}, "must be linear in x.*transpose"),
     "square": (lambda w, x: (x * x) @ w, {}, "must be linear in x.*transpose"),
     "bias inside": (
-        lambda w, x: x @ w + jnp.ones(HIDDEN),
+        lambda w, x: x @ w + jnp.ones(WIDTH),
         {},
         r"must be linear in x.*adds an array float32\[2,3,256\].*bias=",
     ),
@@ -385,7 +379,7 @@ def test_residual_sharded_over_the_axis(cpus, spec):
     """On an Explicit mesh the type tells, before every layer gathers the residual: hazard 41."""
     mesh = fsdp_tp(cpus, AxisType.Explicit)
     project, arrays, specs = make("matrix")
-    placed = put(mesh, arrays, specs | {"residual": spec})
+    placed = place(mesh, arrays, specs | {"residual": spec})
     with pytest.raises(ValueError, match=r"residual must be replicated over axis_name.*'tp'"):
         jax.jit(functools.partial(fused, project, mesh=mesh))(placed)
 
@@ -396,8 +390,8 @@ def test_audit(cpus):
     project, arrays, specs = make("matrix")
     options = {"mesh": mesh, "token_spec": P("fsdp"), "params_spec": specs["params"]}
     call = jax.jit(functools.partial(fused, project, **options))
-    rows = (BATCH // 2, TOKENS, HIDDEN)
+    rows = (BATCH // 2, TOKENS, WIDTH)
     for spec, kinds in ((P("fsdp"), ["all-reduce"]), (P("fsdp", None, "tp"), ["all-gather"] * 1)):
-        placed = put(mesh, arrays, specs | {"residual": spec})
+        placed = place(mesh, arrays, specs | {"residual": spec})
         found = jga.audit(call.lower(placed).compile(), elements=math.prod(rows))
         assert sorted(c.kind for c in found if rows in c.shapes) == sorted({"all-reduce", *kinds})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers.cases import GEMMA_HIDDEN
+from helpers.cases import GEMMA_WIDTHS
 from jax_gemma_arf import Support, fusion_support
 from jax_gemma_arf._src import decision, extension, processes
 from jax_gemma_arf._src.mesh import replica_groups
@@ -56,9 +56,9 @@ def decide(shape=(1, 5376), dtype=jnp.bfloat16, mesh=ABSTRACT, **options):
 
 
 def test_accepts(nvlinked):
-    for hidden in GEMMA_HIDDEN:
+    for width in GEMMA_WIDTHS:
         for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-            for shape in ((hidden,), (1, hidden), (2, 3, hidden), (129, hidden)):
+            for shape in ((width,), (1, width), (2, 3, width), (129, width)):
                 assert decide(shape, dtype).ok
 
 

@@ -28,6 +28,7 @@ from helpers.cases import (
     rank_sum,
     rmsnorm,
 )
+from helpers.places import same_bits
 from helpers.runners import (
     FLASHINFER,
     LOOPBACK,
@@ -36,6 +37,7 @@ from helpers.runners import (
     XLA,
     Runner,
     make_mesh,
+    place,
 )
 from jax_gemma_arf._src import extension
 
@@ -44,8 +46,8 @@ from jax_gemma_arf._src import extension
 def runner(request, cpus, require_gpus):
     """An implementation, bound to its devices; skipped where they are not there."""
     chosen: Runner = request.param
-    if chosen.flashinfer and extension.load("flashinfer") is None:
-        pytest.skip(f"needs a build with FlashInfer: {extension.why_missing('flashinfer')}")
+    if chosen.flashinfer:
+        request.getfixturevalue("flashinfer")
     devices = require_gpus(chosen.gpus) if chosen.gpus else cpus[: chosen.ranks]
 
     def run(case, inputs):
@@ -63,7 +65,7 @@ def test_matches_oracles(runner, case):
     outputs = runner.run(case, inputs)
     for out in outputs:
         assert out.shape == inputs.partial_sums[0].shape
-        assert_same_bits(out, np.broadcast_to(out[0], out.shape))
+        same_bits(out, np.broadcast_to(out[0], out.shape))
     first = [out[0] for out in outputs]
     assert_matches(case, inputs, first, exact_sum=runner.exact_sum)
     if case.special not in ("nan", "sentinel", "inf"):  # Flax's float32 mean has no claim there
@@ -89,8 +91,7 @@ def test_runs_are_identical(runner, op):
     inputs = make_inputs(case, runner.ranks)
     first = runner.run(case, inputs)
     for _ in range(3):
-        for out, again in zip(first, runner.run(case, inputs)):
-            assert_same_bits(out, again)
+        same_bits(runner.run(case, inputs), first)
 
 
 def test_two_ranks_sum_as_psum_does(runner):
@@ -125,38 +126,33 @@ def test_batch_invariant(runner, op):
                     out.astype(np.float32), expected.astype(np.float32), rtol=2**-6, atol=2**-7
                 )
             else:
-                assert_same_bits(out, expected)
+                same_bits(out, expected)
+
+
+def runners_agree(runners, op, devices) -> None:
+    for leading, width, dtype in (((37,), 5376, BF16), ((5,), 5376, F32), ((9,), 640, F16)):
+        case = Case(leading, width, dtype, op=op, next_norms=int(op == "sandwich"))
+        inputs = make_inputs(case, runners[0].ranks)
+        expected, *others = (one.run(case, inputs, devices) for one in runners)
+        for outputs in others:
+            same_bits(outputs, expected)
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_loopback_algorithms_agree_bit_for_bit(ranks, op, require_gpus):
     """Hazard 24: the size at which one-shot gives way to two-shot does not show in the results."""
-    devices = require_gpus(1)
-    one, two = (runner for runner in LOOPBACK if runner.ranks == ranks)
-    for leading, hidden, dtype in (((37,), 5376, BF16), ((5,), 5376, F32), ((9,), 640, F16)):
-        case = Case(leading, hidden, dtype, op=op, next_norms=int(op == "sandwich"))
-        inputs = make_inputs(case, ranks)
-        for pair in zip(one.run(case, inputs, devices), two.run(case, inputs, devices)):
-            assert_same_bits(*pair)
+    runners_agree([one for one in LOOPBACK if one.ranks == ranks], op, require_gpus(1))
 
 
+@pytest.mark.usefixtures("flashinfer")
 @pytest.mark.parametrize("op", FLASHINFER[0].ops)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_loopback_flashinfer_agrees_bit_for_bit(ranks, op, require_gpus):
     """Both implementations have the same epilogue and add the ranks in the same order. Sums of zero
     aside, whose sign FlashInfer drops, all four kernels compute the same bits."""
-    if extension.load("flashinfer") is None:
-        pytest.skip(f"needs a build with FlashInfer: {extension.why_missing('flashinfer')}")
-    devices = require_gpus(1)
-    ours, *theirs = (one for one in (*LOOPBACK, *FLASHINFER) if one.ranks == ranks)
-    for leading, hidden, dtype in (((37,), 5376, BF16), ((5,), 5376, F32), ((9,), 640, F16)):
-        case = Case(leading, hidden, dtype, op=op, next_norms=int(op == "sandwich"))
-        inputs = make_inputs(case, ranks)
-        expected = ours.run(case, inputs, devices)
-        for other in theirs:
-            for pair in zip(expected, other.run(case, inputs, devices), strict=True):
-                assert_same_bits(*pair)
+    kernels = [one for one in (*LOOPBACK, *FLASHINFER) if one.ranks == ranks]
+    runners_agree(kernels, op, require_gpus(1))
 
 
 @pytest.mark.parametrize("layer_scalar", [(), None], ids=["scalar", "no_scalar"])
@@ -199,7 +195,7 @@ def cases_with(half):
         lambda op: st.builds(
             Case,
             leading=st.lists(st.integers(1, 9), max_size=3).map(tuple),
-            hidden=st.integers(4, 90).map(lambda blocks: 64 * blocks),
+            width=st.integers(4, 90).map(lambda blocks: 64 * blocks),
             dtype=dtypes,
             residual_dtype=dtypes,
             scale_dtype=dtypes,
@@ -239,12 +235,6 @@ def matches(case, inputs, outputs) -> bool:
     except AssertionError:
         return False
     return True
-
-
-def assert_same_bits(one: np.ndarray, other: np.ndarray) -> None:
-    np.testing.assert_array_equal(
-        np.ascontiguousarray(one).view(np.uint8), np.ascontiguousarray(other).view(np.uint8)
-    )
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:
@@ -307,13 +297,8 @@ def test_block_norms_before_it_adds(implementation):
     specs = {"out": P("tp"), "gate_up": P(None, None, "tp"), "down": P("tp")}
     in_specs = (P(None, "tp"), P(), specs, P(), P(), P())
     call = jax.jit(jax.shard_map(block, mesh=mesh, in_specs=in_specs, out_specs=P()))
-    arguments = attended, residual, weights, *scales
-    placed = jax.tree.map(
-        lambda a, spec: jax.device_put(a.astype(F32), jax.NamedSharding(mesh, spec)),
-        arguments,
-        in_specs,
-    )
-    out = np.asarray(call(*placed))
+    arguments = jax.tree.map(lambda a: a.astype(F32), (attended, residual, weights, *scales))
+    out = np.asarray(call(*place(mesh, arguments, in_specs)))
 
     def error(want):
         return np.linalg.norm(out - want) / np.linalg.norm(want)

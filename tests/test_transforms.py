@@ -48,10 +48,6 @@ def tp_mesh(devices, axis_type=AxisType.Auto):
     return make_mesh((len(devices),), ("tp",), devices, axis_type)
 
 
-def put(mesh, arrays, specs):
-    return [jax.device_put(a, jax.NamedSharding(mesh, s)) for a, s in zip(arrays, specs)]
-
-
 def on_gpus(mesh) -> bool:
     return mesh.devices.flat[0].platform == "gpu"
 
@@ -149,7 +145,7 @@ def test_unreduced_operand(cpus):
             out_specs=P(),
         )(x, residual, norm_scale)
 
-    placed = put(
+    placed = place(
         mesh, (activations, w_down, residual, norm_scale), (P(None, "tp"), P("tp"), P(), P())
     )
     expected = post_ff_tail(*map(jnp.asarray, (activations @ w_down, residual, norm_scale)))
@@ -452,7 +448,7 @@ def test_down_proj(devices, axis_type, token_spec):
     residual = rng.standard_normal((4, 3, 640), np.float32)
     norm_scale, layer_scalar = np.ones(640, np.float32), np.float32(0.5)
     specs = (P("data", None, "tp"), P("tp", None), P("data"), P(), P())
-    placed = put(mesh, (activations, w_down, residual, norm_scale, layer_scalar), specs)
+    placed = place(mesh, (activations, w_down, residual, norm_scale, layer_scalar), specs)
     options = {"eps": 0.1, "scale_offset": 1.0}
     call = jax.jit(
         functools.partial(
@@ -472,14 +468,15 @@ def test_down_proj_reshards(cpus, axis_type):
     """Operands that are sharded otherwise are gathered or sliced; implementation is passed on."""
     mesh = make_mesh((2, 2), ("data", "tp"), cpus[:4], axis_type)
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal(s, np.float32) for s in ((4, 64), (64, 640), (4, 640), (640,))]
+    shapes = (4, 64), (64, 640), (4, 640), (640,)
+    arrays = tuple(rng.standard_normal(shape, np.float32) for shape in shapes)
     want = post_ff_tail(*map(jnp.asarray, (arrays[0] @ arrays[1], *arrays[2:])))
     for specs in (
         (P(), P(), P(), P()),
         (P("data", "tp"), P("tp", "data"), P("data"), P("tp")),
         (P("tp"), P(None, "tp"), P(None, "data"), P()),
     ):
-        placed = put(mesh, arrays, specs)
+        placed = place(mesh, arrays, specs)
         call = functools.partial(jga.down_proj_post_ff, mesh=mesh, axis_name="tp")
         np.testing.assert_allclose(jax.jit(call)(*placed), want, rtol=2e-4, atol=2e-4)
     with pytest.raises(NotImplementedError, match="platform is cpu"):

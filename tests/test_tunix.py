@@ -28,7 +28,10 @@ with warnings.catch_warnings():
 
     from jax_gemma_arf.integrations import tunix
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("compiled_in_a_hurry"),
+]
 
 LOCAL, GLOBAL = gemma4.AttentionType.LOCAL_SLIDING, gemma4.AttentionType.GLOBAL
 SIZES = {
@@ -55,14 +58,6 @@ CONFIGS = {
     "26b_a4b": functools.partial(gemma4.ModelConfig, **GEMMA4, **SMALL_EXPERTS, enable_moe=True),
 }
 BATCH, LENGTH = 4, 8
-
-
-@pytest.fixture(autouse=True)
-def compile_fast():
-    """The models are tiny, so that compiling takes nearly all of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def auto_mesh(cpus, fsdp, tp):

@@ -26,7 +26,7 @@ def build(variant: str) -> torch.nn.Module:
     """The model, its weights not set yet."""
     common = {
         "vocab_size": sizes.VOCAB,
-        "hidden_size": sizes.HIDDEN,
+        "hidden_size": sizes.WIDTH,
         "intermediate_size": sizes.FF,
         "num_hidden_layers": sizes.LAYERS[variant],
         "num_attention_heads": sizes.HEADS,
@@ -73,9 +73,9 @@ def official(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:  # 
         split = (sizes.VOCAB, sizes.LAYERS[variant], sizes.PER_LAYER_WIDTH)
         return sizes.weight("embedder/per_layer_embeddings", split).reshape(shape)
     if name == "per_layer_model_projection.weight":
-        split = (sizes.HIDDEN, sizes.LAYERS[variant], sizes.PER_LAYER_WIDTH)
+        split = (sizes.WIDTH, sizes.LAYERS[variant], sizes.PER_LAYER_WIDTH)
         w = sizes.weight("embedder/per_layer_model_projection/w", split)
-        return w.reshape(sizes.HIDDEN, -1).T
+        return w.reshape(sizes.WIDTH, -1).T
     if name == "per_layer_projection_norm.weight":
         return sizes.weight("embedder/per_layer_projection_norm/scale", shape)
     if name == "norm.weight":
@@ -106,28 +106,28 @@ def official(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:  # 
     if variant != "Gemma3" and int(number) % 2 == 1:
         head_dim = sizes.GLOBAL_HEAD_DIM
     if name == "self_attn.q_proj.weight":
-        w = sizes.weight(f"{at}/attn/q_einsum/w", (sizes.HEADS, sizes.HIDDEN, head_dim))
+        w = sizes.weight(f"{at}/attn/q_einsum/w", (sizes.HEADS, sizes.WIDTH, head_dim))
         return w.swapaxes(1, 2).reshape(shape)
     if name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
-        heads = (shape[0] // head_dim, sizes.HIDDEN, head_dim)
+        heads = (shape[0] // head_dim, sizes.WIDTH, head_dim)
         if variant in sizes.GLOBAL_KV_HEADS and int(number) % 2 == 1:
             w = sizes.weight(f"{at}/attn/k_einsum/w", heads)
         else:
             w = sizes.weight(f"{at}/attn/kv_einsum/w", (2, *heads))[int("v_proj" in name)]
         return w.swapaxes(1, 2).reshape(shape)
     if name == "self_attn.o_proj.weight":
-        w = sizes.weight(f"{at}/attn/attn_vec_einsum/w", (sizes.HEADS, head_dim, sizes.HIDDEN))
-        return w.reshape(-1, sizes.HIDDEN).T
+        w = sizes.weight(f"{at}/attn/attn_vec_einsum/w", (sizes.HEADS, head_dim, sizes.WIDTH))
+        return w.reshape(-1, sizes.WIDTH).T
     mlp = f"{at}/mlp2" if moe else f"{at}/mlp"
     if name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
         return sizes.weight(f"{mlp}/gating_einsum", (2, *shape))[int("up" in name)]
     if name == "mlp.down_proj.weight":
         return sizes.weight(f"{mlp}/linear", shape[::-1]).T
     if name == "experts.gate_up_proj":
-        split = (sizes.EXPERTS, 2, sizes.EXPERT_FF, sizes.HIDDEN)
+        split = (sizes.EXPERTS, 2, sizes.EXPERT_FF, sizes.WIDTH)
         return sizes.weight(f"{at}/mlp/gating_einsum/w", split).reshape(shape)
     if name == "experts.down_proj":
-        split = (sizes.EXPERTS, sizes.EXPERT_FF, sizes.HIDDEN)
+        split = (sizes.EXPERTS, sizes.EXPERT_FF, sizes.WIDTH)
         return sizes.weight(f"{at}/mlp/linear/w", split).swapaxes(1, 2)
     if name == "router.proj.weight":
         return sizes.weight(f"{at}/mlp/router_logits/w", shape[::-1]).T

@@ -18,7 +18,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)
 F32 = np.dtype(np.float32)
 
-GEMMA_HIDDEN = (640, 1152, 1536, 2560, 2816, 3840, 5376)
+GEMMA_WIDTHS = (640, 1152, 1536, 2560, 2816, 3840, 5376)
 OPS = ("post_ff", "sandwich", "all_reduce_norm", "moe_tail")
 
 
@@ -30,7 +30,7 @@ class Case:
     """
 
     leading: tuple[int, ...] = (3,)
-    hidden: int = 640
+    width: int = 640
     dtype: np.dtype = BF16
     residual_dtype: np.dtype | None = None
     scale_dtype: np.dtype | None = None
@@ -62,7 +62,7 @@ class Case:
         return self.has_residual and self.layer_scalar is not None
 
     def __str__(self) -> str:
-        parts = ["x".join(map(str, (*self.leading, self.hidden))), self.dtype.name]
+        parts = ["x".join(map(str, (*self.leading, self.width))), self.dtype.name]
         if self.op != "post_ff":
             parts.insert(0, self.op)
         if self.next_norms:
@@ -110,7 +110,7 @@ WIDTHS = ((1, 640), (7, 5376), (66, 2816))
 
 CASES = [
     # Gemma's widths, decode and small prefill, odd counts (hazards 1 and 5).
-    *(Case((tokens,), hidden) for hidden in (640, 2816, 5376) for tokens in (1, 7, 66)),
+    *(Case((tokens,), width) for width in (640, 2816, 5376) for tokens in (1, 7, 66)),
     Case((1,), 1536),
     Case((2,), 2560),
     Case((129,), 1536),
@@ -136,18 +136,18 @@ CASES = [
     Case((3,), 640, BF16, scale_dtype=F32),
     Case((3,), 640, F16, residual_dtype=F32, scale_dtype=F16),
     # The other tails: one next norm and several, with and without what is optional, odd counts.
-    *(Case((tokens,), hidden, op="sandwich", next_norms=1) for tokens, hidden in WIDTHS),
+    *(Case((tokens,), width, op="sandwich", next_norms=1) for tokens, width in WIDTHS),
     *(Case((4,), 2560, op="sandwich", next_norms=count) for count in (2, 3)),
     Case((4,), 2560, op="sandwich", next_norms=1, layer_scalar=None, scale_offset=1.0, eps=1e-3),
-    *(Case((tokens,), hidden, op="all_reduce_norm") for tokens, hidden in WIDTHS),
+    *(Case((tokens,), width, op="all_reduce_norm") for tokens, width in WIDTHS),
     Case((4,), 2560, op="all_reduce_norm", scale_offset=1.0, eps=1e-3),
-    *(Case((tokens,), hidden, op="moe_tail") for tokens, hidden in WIDTHS),
+    *(Case((tokens,), width, op="moe_tail") for tokens, width in WIDTHS),
     *(Case((7,), 2816, op="moe_tail", next_norms=count) for count in (1, 2, 3)),
     Case((4,), 2560, op="moe_tail", layer_scalar=None, scale_offset=1.0, eps=1e-3),
     *(
-        dataclasses.replace(Case(leading, hidden, op=op, next_norms=count), **changes)
+        dataclasses.replace(Case(leading, width, op=op, next_norms=count), **changes)
         for op, count in (("sandwich", 1), ("all_reduce_norm", 0), ("moe_tail", 3))
-        for leading, hidden, changes in (
+        for leading, width, changes in (
             ((), 640, {"layer_scalar": (1,)}),
             ((2, 3), 256, {"dtype": F16}),
             ((5,), 2816, {"dtype": F32}),
@@ -174,12 +174,12 @@ CASES = [
 def make_inputs(case: Case, ranks: int) -> Inputs:
     """Random operands. Residual and normed row are of one size, so that their order matters; two
     branches are not, so that it matters where they are added."""
-    rng = np.random.default_rng([case.seed, ranks, case.hidden, *case.leading])
-    shape = (*case.leading, case.hidden)
+    rng = np.random.default_rng([case.seed, ranks, case.width, *case.leading])
+    shape = (*case.leading, case.width)
     scale_dtype = case.scale_dtype or case.dtype
 
     def norm_scale() -> np.ndarray:
-        scale = 1 - case.scale_offset + 0.25 * rng.standard_normal(case.hidden)
+        scale = 1 - case.scale_offset + 0.25 * rng.standard_normal(case.width)
         return scale.astype(scale_dtype)
 
     partial_sums = []
@@ -202,7 +202,7 @@ def make_inputs(case: Case, ranks: int) -> Inputs:
 
 def plant(case: Case, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """x with the case's special values, in its dtype. Rows of no special value stay."""
-    flat = x.reshape(len(x), -1, case.hidden)
+    flat = x.reshape(len(x), -1, case.width)
     row = flat.shape[1] // 2
     match case.special:
         case "nan":
@@ -262,10 +262,10 @@ def compose(case: Case, inputs: Inputs, summed, norm):
     row = summed[0]
     if branch_scales:
         row = norm(case, summed[0], branch_scales[0]) + norm(case, summed[1], branch_scales[1])
-    return finish(case, inputs, norm(case, row, norm_scale))
+    return finish(inputs, norm(case, row, norm_scale))
 
 
-def finish(case: Case, inputs: Inputs, out):
+def finish(inputs: Inputs, out):
     """Residual and scalar."""
     if inputs.residual is not None:
         out = out + inputs.residual.astype(out.dtype)
@@ -298,16 +298,16 @@ def mistakes(case: Case, inputs: Inputs) -> dict[str, list[np.ndarray]]:
         if case.branches == 2:
             row = sum(norm_float64(case, *pair) for pair in zip(summed, branch_scales))
         normed = norm_float64(case, row + inputs.residual.astype(np.float64), norm_scale)
-        wrong["add, then norm"] = finish(case, inputs._replace(residual=None), normed)
+        wrong["add, then norm"] = finish(inputs._replace(residual=None), normed)
     if case.branches == 2:
         both = summed[0].astype(np.float64) + summed[1].astype(np.float64)
         for name, scale in zip(("dense", "expert"), branch_scales):
             normed = norm_float64(case, norm_float64(case, both, scale), norm_scale)
-            wrong[f"branches added before the {name} norm"] = finish(case, inputs, normed)
+            wrong[f"branches added before the {name} norm"] = finish(inputs, normed)
         swapped = inputs._replace(norm_scales=(*branch_scales[::-1], norm_scale))
         wrong["branches' scales swapped"] = oracle(case, swapped)
         normed = sum(norm_float64(case, *pair) for pair in zip(summed, branch_scales))
-        wrong["sum of the branches not normed"] = finish(case, inputs, normed)
+        wrong["sum of the branches not normed"] = finish(inputs, normed)
     outputs = {name: outputs_of(case, inputs, hidden) for name, hidden in wrong.items()}
     if case.next_norms and inputs.dtype != F32:
         hidden = oracle(case, inputs)
@@ -397,7 +397,7 @@ def assert_matches(case: Case, inputs: Inputs, outputs, *, exact_sum: bool, norm
 
 def _assert_close(case, name, out, expected, allowed, inputs: Inputs) -> None:
     assert out.dtype == inputs.dtype
-    assert out.shape == (*case.leading, case.hidden)
+    assert out.shape == (*case.leading, case.width)
     out = out.astype(np.float64)
     rounded = expected.astype(inputs.dtype).astype(np.float64)  # may overflow to inf
     same = (out == rounded) | (np.isnan(out) & np.isnan(rounded))

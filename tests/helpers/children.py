@@ -7,9 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TESTS = Path(__file__).parents[1]
 # After this number of seconds a child ends itself, should the test that started it be gone.
@@ -68,6 +68,18 @@ class Child:
         return Ended(status, *texts)
 
 
+def python(*arguments: Any, **environment: str) -> Ended:
+    """Runs Python with these arguments, and environment variables besides, to its end."""
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Ended(result.returncode, result.stdout, result.stderr)
+
+
 def run(function: Callable, *arguments, seconds: float, **options) -> Ended:
     """Runs one child to its end; AssertionError if it takes longer."""
     return run_together([Child(function, *arguments, **options)], seconds=seconds)[0]
@@ -95,8 +107,15 @@ def run_together(children: list[Child], *, seconds: float, grace: float = 15) ->
     return ended
 
 
-def coordinator() -> str:
-    """An address for jax.distributed.initialize on this host."""
+def run_job(
+    function: Callable, *arguments, seconds: float, env: Sequence[dict[str, str]] = ({}, {})
+) -> list[Ended]:
+    """Runs function(address for jax.distributed.initialize, index, *arguments) in two processes.
+
+    env: environment variables to add, for each of them.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
+        address = f"localhost:{free.getsockname()[1]}"
+    pair = [Child(function, address, i, *arguments, env=of_one) for i, of_one in enumerate(env)]
+    return run_together(pair, seconds=seconds)

@@ -60,15 +60,7 @@ def compiled(variant: str, ranks: int, batch: int, loop: bool, official: bool = 
     model = gemma_models.official(variant, dtype=jnp.bfloat16)
     parallel = tensor_parallel(model, mesh)
     shapes = gemma_models.shapes(variant)
-
-    def placed(leaf, sharding):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=s),
-        shapes,
-        param_shardings(parallel, shapes),
-    )
+    params = gemma_models.structs(shapes, param_shardings(parallel, shapes), jnp.bfloat16)
     whole = jax.NamedSharding(mesh, jax.P())
     token = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=whole)
     cache = None
@@ -76,7 +68,7 @@ def compiled(variant: str, ranks: int, batch: int, loop: bool, official: bool = 
         model = parallel
         make = functools.partial(model.init_cache, batch_size=batch, dtype=jnp.bfloat16)
         cache = jax.eval_shape(functools.partial(make, cache_length=CACHE_LENGTH))
-        cache = jax.tree.map(placed, cache, model.cache_shardings(cache))
+        cache = gemma_models.structs(cache, model.cache_shardings(cache))
 
     def step(params, token, cache):
         inputs = {}

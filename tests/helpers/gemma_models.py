@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import gemma_sizes as sizes
+from helpers.runners import make_mesh
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # from what the package imports
@@ -31,6 +32,8 @@ with warnings.catch_warnings():
     from gemma.gm.nn.vision import _vision_utils as gemma3_vision_utils
     from kauldron import kd
 
+    from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
+
 
 def config(variant: str, layers: int | None = None):
     """Returns the config of the first `layers` layers; None for all."""
@@ -39,7 +42,7 @@ def config(variant: str, layers: int | None = None):
     kinds = modules.AttentionType
     common = {
         "num_embed": sizes.VOCAB,
-        "embed_dim": sizes.HIDDEN,
+        "embed_dim": sizes.WIDTH,
         "hidden_dim": sizes.FF,
         "num_heads": sizes.HEADS,
         "head_dim": sizes.HEAD_DIM,
@@ -108,6 +111,27 @@ def params(variant: str, layers: int | None = None, dtype=jnp.float32, plain_rou
         return sizes.weight(name, leaf.shape).astype(dtype)
 
     return jax.tree.map_with_path(make, shapes(variant, layers))
+
+
+def random_params(model):
+    """NumPy parameters for any model, by the names of its own tree."""
+    own = jax.eval_shape(model.init, jax.random.key(0), sizes.tokens())["params"]
+    return jax.tree.map_with_path(
+        lambda path, leaf: sizes.weight(jax.tree_util.keystr(path), leaf.shape), own
+    )
+
+
+def sharded(model, host, ranks: int = 2):
+    """Returns the model over the first `ranks` CPUs, and its parameters there."""
+    model = tensor_parallel(model, make_mesh((ranks,), ("tp",), jax.devices("cpu")[:ranks]))
+    return model, jax.device_put(host, param_shardings(model, host))
+
+
+def structs(shapes, shardings, dtype=None):
+    """Shapes with shardings, for a model that is lowered or a checkpoint that is restored."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=s), shapes, shardings
+    )
 
 
 @functools.cache

@@ -9,10 +9,18 @@ import numpy as np
 
 VARIANTS = ("31B", "E2B", "26B", "Gemma3")
 LAYERS = {"31B": 2, "E2B": 4, "26B": 2, "Gemma3": 2}
-VOCAB, HIDDEN, FF, HEADS, HEAD_DIM, GLOBAL_HEAD_DIM, WINDOW = 64, 256, 128, 4, 16, 32, 4
+VOCAB, WIDTH, FF, HEADS, HEAD_DIM, GLOBAL_HEAD_DIM, WINDOW = 64, 256, 128, 4, 16, 32, 4
 EXPERTS, TOP_K, EXPERT_FF, PER_LAYER_WIDTH = 8, 2, 32, 16
 KV_HEADS = {"31B": 2, "E2B": 1, "26B": 2, "Gemma3": 1}
 GLOBAL_KV_HEADS = {"31B": 1, "26B": 1}
+# Changes of Gemma 3's config: gates of [2, D, H], one projection for query, key and value, capped
+# attention.
+GEMMA2 = {
+    "transpose_gating_einsum": False,
+    "num_kv_heads": HEADS,
+    "use_qk_norm": False,
+    "attn_logits_soft_cap": 50.0,
+}
 # The first two of E2B's layers lend their keys and values to the others.
 UNSHARED_LAYERS = 2
 

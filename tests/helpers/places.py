@@ -1,6 +1,7 @@
 """Where programs run that hold several calls: loopback or a mesh, behind one interface."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -61,6 +62,13 @@ class Place:
 
 def gpu_mesh(devices) -> jax.sharding.Mesh:
     return make_mesh((len(devices),), ("tp",), devices)
+
+
+def bits_differ(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns whether any bit differs, on the device."""
+    bits = {2: jnp.uint16, 4: jnp.uint32}[one.dtype.itemsize]
+    cast = functools.partial(jax.lax.bitcast_convert_type, new_dtype=bits)
+    return jnp.any(cast(one) != cast(other))
 
 
 def same_bits(one, other) -> None:

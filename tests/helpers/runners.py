@@ -74,10 +74,10 @@ def in_specs(case: Case, partial=PER_RANK, rows=REPLICATED) -> Inputs:
     )
 
 
-def place(mesh: jax.sharding.Mesh, inputs: Inputs, specs: Inputs) -> Inputs:
-    """inputs on the devices of a mesh."""
+def place[T](mesh: jax.sharding.Mesh, tree: T, specs: Any) -> T:
+    """Arrays on the devices of a mesh."""
     return jax.tree.map(
-        lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), inputs, specs
+        lambda array, spec: jax.device_put(array, jax.NamedSharding(mesh, spec)), tree, specs
     )
 
 
