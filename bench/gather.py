@@ -127,7 +127,8 @@ class _StandIn(types.ModuleType):
     __path__ = ()
 
     def __getattr__(self, name):
-        if name.startswith("__"):
+        # Python asks modules for its own names; etils asks TensorFlow for __internal__.
+        if name.startswith("__") and name != "__internal__":
             raise AttributeError(name)
         return _Anything()
 
