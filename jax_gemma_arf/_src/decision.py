@@ -44,8 +44,8 @@ from jax_gemma_arf._src.operands import (
 )
 
 #: Limits of one-shot by device kind and number of ranks, in bytes of partial sums on one rank, and
-#: how they were measured. bench/report.py --thresholds writes the file. One-shot pushes N - 1
-#: messages and waits once; two-shot pushes 2 (N - 1) / N and waits twice.
+#: how they were measured. bench/op.py --write-thresholds writes the file. One-shot pushes
+#: N - 1 messages and waits once; two-shot pushes 2 (N - 1) / N and waits twice.
 THRESHOLDS = Path(__file__).with_name("one_shot_max_bytes.json")
 #: The device kind whose limits hold where a kind has none for a number of ranks.
 DEFAULT_KIND = "NVIDIA H100 80GB HBM3"
