@@ -458,8 +458,8 @@ def test_no_limit_of_one_shot(times, error):
 def test_thresholds_of_a_record(tmp_path, monkeypatch):
     """The package reads what is written; other entries stay."""
     machine = {"gpus": ["H200"] * 2, "driver": "580", "versions": {"jax": "0.12"}, "commit": "abc"}
-    record = op_record(algorithm_rows(TIMES)) | {"machine": machine}
-    record["facts"] |= {"device": "H200"}
+    facts = {"mode": "mesh", "ranks": 2, "device": "H200"}
+    record: dict[str, Any] = op_record(algorithm_rows(TIMES)) | {"machine": machine, "facts": facts}
     file, path = tmp_path / "limits.json", tmp_path / "op-2xH200.json"
     file.write_text(thresholds.FILE.read_text())
     common.save(record, path)

@@ -267,7 +267,7 @@ def test_an_error_gives_all_reasons(cpus):
 
 
 def test_switched_off_is_all_that_is_logged(mesh, caplog, monkeypatch):
-    """What else the call lacks does not matter then."""
+    """Nothing else has to change then."""
     monkeypatch.setattr(lowering, "_logged", set())
     monkeypatch.setenv("JAX_GEMMA_ARF_DISABLE", "1")
     caplog.set_level("INFO", "jax_gemma_arf")

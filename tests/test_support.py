@@ -197,6 +197,11 @@ def test_all_reasons(nvlinked, monkeypatch):
     assert codes(support) == ["versions", "hidden_gpus", "no_nvlink", "cuda_ipc", "several_hosts"]
 
 
+def test_every_code_is_documented():
+    documented = re.findall(r"^      ([A-Z_]+): ", jga.FallbackCode.__doc__ or "", re.MULTILINE)
+    assert documented == [*jga.FallbackCode.__members__]
+
+
 def test_reasons_that_follow_from_another_are_left_out(nvlinked, monkeypatch):
     for built, code in ((0, "not_built"), (1, "no_visible_gpu")):
         lacking = dataclasses.replace(FACTS, built=built, nvlinked=0, visible_gpus=0)

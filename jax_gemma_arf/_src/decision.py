@@ -61,31 +61,56 @@ class FallbackCode(enum.StrEnum):
 
     The logger "jax_gemma_arf" logs each once, with the code as the record's attribute ``code``. A
     code equals its name in lower case, as in ``record.code == "width"``.
+
+    Attributes:
+      SWITCHED_OFF: JAX_GEMMA_ARF_DISABLE is set.
+      ONE_RANK: there is nothing to reduce.
+      NO_TOKENS: x is empty.
+      BRANCHES: FlashInfer's kernels reduce one message.
+      RANKS: the axis does not have 2, 4 or 8 ranks.
+      DTYPE: x is not bfloat16, float16 or float32.
+      SYMBOLIC_SHAPE: a size is not known at compile time.
+      WIDTH: D is not supported.
+      MESSAGE_BYTES: the partial sums do not fit the largest workspace.
+      PARTLY_MANUAL: jax.shard_map leaves a mesh axis to the compiler.
+      SEVERAL_PLATFORMS: the program is exported for other platforms too.
+      VMAPPED_SCALE: a norm scale or layer_scalar has a vmapped axis.
+      NOT_BUILT: the compiled part is missing.
+      PLATFORM: the devices are not CUDA's.
+      COMPUTE_CAPABILITY: there is no code for the devices.
+      MIXED_DEVICES: the devices are of several kinds.
+      NOT_INITIALIZED: initialize() was not called in a job of several processes.
+      VERSIONS: the processes run different versions of jax_gemma_arf.
+      NO_VISIBLE_GPU: the extension's CUDA runtime finds no GPU.
+      HIDDEN_GPUS: a process does not see all of its host's GPUs in the job.
+      NO_NVLINK: GPUs do not reach each other over NVLink.
+      CUDA_IPC: processes cannot map each other's GPU memory.
+      SEVERAL_HOSTS: a replica group reaches over several hosts.
     """
 
-    SWITCHED_OFF = enum.auto()  #: JAX_GEMMA_ARF_DISABLE is set
-    ONE_RANK = enum.auto()  #: there is nothing to reduce
-    NO_TOKENS = enum.auto()  #: x is empty
-    BRANCHES = enum.auto()  #: FlashInfer's kernels reduce one message
-    RANKS = enum.auto()  #: the axis does not have 2, 4 or 8 ranks
-    DTYPE = enum.auto()  #: x is not bfloat16, float16 or float32
-    SYMBOLIC_SHAPE = enum.auto()  #: a size is not known at compile time
-    WIDTH = enum.auto()  #: D is not supported
-    MESSAGE_BYTES = enum.auto()  #: the partial sums do not fit the largest workspace
-    PARTLY_MANUAL = enum.auto()  #: jax.shard_map leaves a mesh axis to the compiler
-    SEVERAL_PLATFORMS = enum.auto()  #: the program is exported for other platforms too
-    VMAPPED_SCALE = enum.auto()  #: a norm scale or layer_scalar has a vmapped axis
-    NOT_BUILT = enum.auto()  #: the compiled part is missing
-    PLATFORM = enum.auto()  #: the devices are not CUDA's
-    COMPUTE_CAPABILITY = enum.auto()  #: there is no code for the devices
-    MIXED_DEVICES = enum.auto()  #: the devices are of several kinds
-    NOT_INITIALIZED = enum.auto()  #: initialize() was not called in a job of several processes
-    VERSIONS = enum.auto()  #: the processes run different versions of jax_gemma_arf
-    NO_VISIBLE_GPU = enum.auto()  #: the extension's CUDA runtime finds no GPU
-    HIDDEN_GPUS = enum.auto()  #: a process does not see all of its host's GPUs in the job
-    NO_NVLINK = enum.auto()  #: GPUs do not reach each other over NVLink
-    CUDA_IPC = enum.auto()  #: processes cannot map each other's GPU memory
-    SEVERAL_HOSTS = enum.auto()  #: a replica group reaches over several hosts
+    SWITCHED_OFF = enum.auto()
+    ONE_RANK = enum.auto()
+    NO_TOKENS = enum.auto()
+    BRANCHES = enum.auto()
+    RANKS = enum.auto()
+    DTYPE = enum.auto()
+    SYMBOLIC_SHAPE = enum.auto()
+    WIDTH = enum.auto()
+    MESSAGE_BYTES = enum.auto()
+    PARTLY_MANUAL = enum.auto()
+    SEVERAL_PLATFORMS = enum.auto()
+    VMAPPED_SCALE = enum.auto()
+    NOT_BUILT = enum.auto()
+    PLATFORM = enum.auto()
+    COMPUTE_CAPABILITY = enum.auto()
+    MIXED_DEVICES = enum.auto()
+    NOT_INITIALIZED = enum.auto()
+    VERSIONS = enum.auto()
+    NO_VISIBLE_GPU = enum.auto()
+    HIDDEN_GPUS = enum.auto()
+    NO_NVLINK = enum.auto()
+    CUDA_IPC = enum.auto()
+    SEVERAL_HOSTS = enum.auto()
 
 
 #: Codes with which psum is the right choice.
@@ -93,7 +118,12 @@ DELIBERATE = {FallbackCode.SWITCHED_OFF, FallbackCode.ONE_RANK, FallbackCode.NO_
 
 
 class Objection(NamedTuple):
-    """One reason why a call does not run as the kernel, and what to change."""
+    """One reason why a call does not run as the kernel.
+
+    Attributes:
+      code: its kind.
+      reason: a sentence with what to change.
+    """
 
     code: FallbackCode
     reason: str
@@ -104,8 +134,7 @@ class Support:
     """The decision for one call, kernel or psum, and why; true if it is the kernel.
 
     Attributes:
-      objections: (code, reason) for each reason why the call runs as psum, a FallbackCode and a
-        sentence; empty if it runs as the kernel.
+      objections: the reasons why the call runs as psum; empty if it runs as the kernel.
       algorithm: "one_shot" or "two_shot", or None with objections.
       launch: what will run as the kernel; empty with objections.
     """
@@ -121,17 +150,17 @@ class Support:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """All reasons why not, each with what to change."""
+        """The sentences of all objections."""
         return tuple(objection.reason for objection in self.objections)
 
     @property
     def reason(self) -> str:
-        """The first of the reasons, or what will run."""
+        """The first of the reasons; without any, what will run."""
         return self.objections[0].reason if self.objections else self.launch
 
     @property
     def deliberate(self) -> bool:
-        """True if psum is the right choice: nothing to reduce, or switched off."""
+        """True if psum is the right choice, as there is nothing to reduce or it is switched off."""
         return any(objection.code in DELIBERATE for objection in self.objections)
 
     def __bool__(self) -> bool:
