@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import report
 import rivals
+import thresholds
 import xplane
 from jax.sharding import PartitionSpec as P
 
@@ -545,8 +546,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         help="time the kernel also with its algorithm forced",
     )
+    parser.add_argument(
+        "--write-thresholds",
+        action="store_true",
+        help="time both algorithms, and write the limit of one-shot into the package",
+    )
     arguments = parser.parse_args(argv)
     quick = arguments.quick
+    if arguments.write_thresholds:
+        arguments.algorithms = ["one_shot", "two_shot"]
     arguments.ops = arguments.ops or (["post_ff", "second_norm"] if quick else list(OPS))
     arguments.hidden = arguments.hidden or ([5376] if quick else list(WIDTHS.values()))
     arguments.tokens = arguments.tokens or (QUICK_TOKENS if quick else TOKENS)
@@ -564,7 +572,9 @@ def main() -> None:
     content = common.run_children(
         arguments.flag_sets, arguments, "{implementation}, D {hidden}, {tokens} tokens"
     )
-    report.finish("op", content, arguments.out)
+    record = report.finish("op", content, arguments.out)
+    if arguments.write_thresholds:
+        thresholds.write(record)
 
 
 if __name__ == "__main__":

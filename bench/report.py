@@ -685,7 +685,7 @@ KINDS = {
 }
 
 
-def finish(kind: str, content: Record, directory: Path) -> None:
+def finish(kind: str, content: Record, directory: Path) -> Record:
     """Writes a record and its plot, and prints its tables; an error if none or a wrong one came."""
     path = common.write_record(kind, content, directory)
     record = read(path)
@@ -698,6 +698,7 @@ def finish(kind: str, content: Record, directory: Path) -> None:
         print(plot(record, path.parent))
     if any(row.get("matches") is False for row in record["rows"]):
         sys.exit("a result is wrong")
+    return record
 
 
 def markdown(record: Record) -> str:

@@ -2,7 +2,7 @@
 
 from jax_gemma_arf._src import newest_jax as _newest_jax
 from jax_gemma_arf._src.audit import audit
-from jax_gemma_arf._src.decision import Support, fusion_support
+from jax_gemma_arf._src.decision import FallbackCode, Objection, Support, fusion_support
 from jax_gemma_arf._src.extension import Workspace, set_peer_timeout, workspaces
 from jax_gemma_arf._src.fused_ops import (
     fused_all_reduce_norm,
@@ -26,6 +26,8 @@ __all__ = [
     "DISABLED_EXPORT_CHECKS",
     "SAVED_SUMS",
     "TARGET_NAME",
+    "FallbackCode",
+    "Objection",
     "Projection",
     "Support",
     "Workspace",

@@ -78,7 +78,8 @@ def print_decisions() -> None:
             for tokens in (1, 4096):
                 support = fusion_support((tokens, hidden), jnp.bfloat16, mesh=mesh, axis_name="tp")
                 kernel = "kernel" if support.ok else "psum  "
-                print(f"  {model:8} D = {hidden}, {tokens:4} tokens: {kernel} ({support.reason})")
+                why = "; ".join(support.reasons) or support.launch
+                print(f"  {model:8} D = {hidden}, {tokens:4} tokens: {kernel} ({why})")
 
 
 def print_memory() -> None:
@@ -90,9 +91,10 @@ def print_memory() -> None:
     for model, hidden in GEMMA4_HIDDEN.items():
         cells = []
         for size in AXIS_SIZES:
-            options = {"mesh": jax.sharding.AbstractMesh((size,), ("tp",)), "axis_name": "tp"}
-            options["branches"] = 2 if model == "26B-A4B" else 1
-            cells.append(workspace_bytes(8192, hidden, jnp.bfloat16, **options) / 1e6)
+            mesh = jax.sharding.AbstractMesh((size,), ("tp",))
+            op = "fused_moe_tail" if model == "26B-A4B" else "fused_post_ff"
+            needed = workspace_bytes(8192, hidden, jnp.bfloat16, mesh=mesh, axis_name="tp", op=op)
+            cells.append(needed / 1e6)
         print(f"  {model:9}" + "".join(f"{megabytes:12.0f}" for megabytes in cells))
 
 

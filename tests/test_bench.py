@@ -23,10 +23,12 @@ import profile_compare
 import pytest
 import report
 import rivals
+import thresholds
 import tunix_gemma
 import xplane
 
 from helpers import children
+from jax_gemma_arf._src import decision
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -409,6 +411,71 @@ def test_best_flag_set_counts_and_wrong_results_do_not():
     text = report.markdown(op_record(rows))
     assert "WRONG RESULT: op post_ff, implementation psum, flag_set C" in text
     assert "RuntimeError: no link" in text
+
+
+def algorithm_rows(times, op="post_ff", width=640):
+    """Rows of both algorithms. times: kernel times of one-shot and two-shot, by tokens."""
+    return [
+        {"op": op, "hidden": width, "tokens": tokens, "flag_set": "A", "matches": True}
+        | {"implementation": f"fused {algorithm}", "wall_us": [9.0], "kernel_us": time}
+        for tokens, pair in times.items()
+        for algorithm, time in zip(("one_shot", "two_shot"), pair)
+    ]
+
+
+# One-shot is the faster up to 64 tokens, but for noise at 16 and at 256.
+TIMES = {1: (3, 4), 16: (3.9, 3.8), 64: (5, 6), 128: (8, 7), 256: (12.9, 13), 512: (30, 20)}
+
+
+def test_limit_of_one_shot():
+    """Where kernel times cross, in bytes of all partial sums; noise and wrong results aside."""
+    rows = algorithm_rows(TIMES)
+    limit = thresholds.one_shot_max_bytes
+    assert limit(op_record(rows)) == 2 * 64 * 640
+    assert limit(op_record(algorithm_rows(TIMES, "moe_tail"))) == 2 * 2 * 64 * 640
+    finer = algorithm_rows({50: (4, 5), 60: (6, 5)}, width=1280)
+    assert limit(op_record([*finer, *rows])) == 2 * 50 * 1280
+    wrong = [r | {"matches": False} for r in algorithm_rows({400: (1, 90)})]
+    failed = [{k: v for k, v in r.items() if k != "kernel_us"} for r in wrong]
+    assert limit(op_record([*rows, *wrong, *failed, row("psum", "A", [9.0])])) == 2 * 64 * 640
+
+
+@pytest.mark.parametrize(
+    ("times", "error"),
+    [
+        ({1: (3, 4), 64: (5, 6)}, "one-shot is faster at all sizes.*; time more --tokens"),
+        ({1: (4, 3), 64: (6, 5)}, "two-shot is faster at all sizes.*; time fewer --tokens"),
+        ({}, "no line has both; time them with --algorithms one_shot two_shot"),
+    ],
+)
+def test_no_limit_of_one_shot(times, error):
+    with pytest.raises(ValueError, match=error):
+        thresholds.one_shot_max_bytes(op_record(algorithm_rows(times)))
+
+
+def test_thresholds_of_a_record(tmp_path, monkeypatch):
+    """The package reads what is written; other entries stay."""
+    machine = {"gpus": ["H200"] * 2, "driver": "580", "versions": {"jax": "0.12"}, "commit": "abc"}
+    facts = {"mode": "mesh", "ranks": 2, "device": "H200"}
+    record: dict[str, Any] = op_record(algorithm_rows(TIMES)) | {"machine": machine, "facts": facts}
+    file, path = tmp_path / "limits.json", tmp_path / "op-2xH200.json"
+    file.write_text(thresholds.FILE.read_text())
+    common.save(record, path)
+    monkeypatch.setattr(sys, "argv", ["thresholds.py", str(path)])
+    monkeypatch.setattr(thresholds.write, "__defaults__", (file,))
+    thresholds.main()
+    before, after = map(decision.read_thresholds, (thresholds.FILE, file))
+    assert after == before | {("H200", 2): 2 * 64 * 640}
+    measured = json.loads(file.read_text())["H200"]["2"]["measured"]
+    assert measured == machine | {"record": "op-2xH200", "created": "2026-01-01"}
+    record["facts"]["mode"] = "loopback"
+    common.save(record, path)
+    with pytest.raises(SystemExit, match=r"op-2xH200: .* must be of a mesh of GPUs"):
+        thresholds.main()
+
+
+def test_write_thresholds_times_both():
+    assert op.parse(["--write-thresholds"]).algorithms == ["one_shot", "two_shot"]
 
 
 def model_record() -> dict[str, Any]:

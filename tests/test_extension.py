@@ -364,7 +364,8 @@ def test_public_names():
         if callable(public):
             assert public.__module__ == "jax_gemma_arf", name
             assert pickle.loads(pickle.dumps(public)) is public
-    assert pickle.loads(pickle.dumps(jax_gemma_arf.Support(True, "x"))).reason == "x"
+    support = jax_gemma_arf.Support(launch="x")
+    assert pickle.loads(pickle.dumps(support)).reason == "x"
 
 
 def test_collects_without_optional_packages(tmp_path):

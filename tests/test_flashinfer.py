@@ -93,7 +93,7 @@ def test_support(flashinfer):
     assert support(4, "flashinfer").reason == "one one-shot launch of FlashInfer's over 2 ranks"
     assert support(1024, None).algorithm == "two_shot"
     assert support(1024, "flashinfer").algorithm == "one_shot"
-    assert "reduce one message" in support(4, "flashinfer", branches=2).reason
+    assert "reduce one message" in support(4, "flashinfer", op="fused_moe_tail").reason
     assert support(100000, "flashinfer").reason == support(100000, "cuda").reason
     with pytest.raises(ValueError, match='implementation must be "cuda", "flashinfer" or None'):
         support(4, "xla")

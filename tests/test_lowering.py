@@ -165,7 +165,7 @@ def test_tail_attributes(mesh, op, next_norms, attributes, operands):
 
 def test_branches_count_alike(mesh):
     """Two branches are one message: the rule sees the bytes of both."""
-    tokens = decision.ONE_SHOT_MAX_BYTES[2] // (2 * 5376)
+    tokens = decision.one_shot_max_bytes(2) // (2 * 5376)
     options = {"shape": (tokens, 5376), "implementation": "cuda"}
     assert 'algorithm = "one_shot"' in lowered(mesh, **options)
     assert 'algorithm = "two_shot"' in lowered(mesh, "moe_tail", **options)
@@ -239,12 +239,56 @@ def test_fallback_on_cuda_is_a_warning(cpus, caplog, monkeypatch, case):
     assert [record.levelname for record in caplog.records] == [level]
 
 
-def test_reasons_are_logged_once_whatever_their_numbers(mesh, caplog, monkeypatch):
+def test_reasons_are_logged_once_whatever_their_numbers(mesh, cpus, caplog, monkeypatch):
+    """Once per code: neither other numbers nor other names make a second record."""
     monkeypatch.setattr(lowering, "_logged", set())
     caplog.set_level("INFO", "jax_gemma_arf")
     for width in (1000, 1001, 1002):
         lowered(mesh, shape=(4, width))
     assert len(caplog.records) == 1
+    others = make_mesh((2, 3), ("data", "tp"), cpus[:6])
+    lowered(others, shape=(4, 1000), manual={"tp"})
+    lowered(make_mesh((2, 2), ("rows", "tp"), cpus[:4]), manual={"tp"})
+    assert [vars(record)["code"] for record in caplog.records] == [
+        *("width", "ranks", "partly_manual")
+    ]
+
+
+def test_codes_of_the_lowering(mesh, caplog, monkeypatch):
+    """Reasons that only a trace or a lowering can see have codes too."""
+    monkeypatch.setattr(lowering, "_logged", set())
+    caplog.set_level("INFO", "jax_gemma_arf")
+
+    def local(x, residual, norm_scales):
+        call = functools.partial(jga.fused_post_ff, axis_name="tp")
+        return jax.vmap(call, (None, None, 0))(x[0], residual, norm_scales)
+
+    def mapped(call):
+        return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(P("tp"), P(), P()), out_specs=P()))
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 4, 640), (4, 640), (3, 640))]
+    mapped(local).trace(*shapes)
+    call = mapped(
+        lambda x, residual, scales: jga.fused_post_ff(x[0], residual, scales[0], axis_name="tp")
+    )
+    jax.export.export(call, platforms=("cuda", "cpu"))(*shapes)
+    codes = {vars(record)["code"]: record.levelname for record in caplog.records}
+    assert codes == {"vmapped_scale": "WARNING", "several_platforms": "WARNING", "platform": "INFO"}
+
+
+def test_an_error_gives_all_reasons(cpus):
+    mesh = make_mesh((3,), ("tp",), cpus[:3])
+    with pytest.raises(NotImplementedError, match=r"must have 2, 4 or 8 ranks.*; D must be"):
+        lowered(mesh, shape=(4, 1000), implementation="cuda")
+
+
+def test_switched_off_is_all_that_is_logged(mesh, caplog, monkeypatch):
+    """Nothing else has to change then."""
+    monkeypatch.setattr(lowering, "_logged", set())
+    monkeypatch.setenv("JAX_GEMMA_ARF_DISABLE", "1")
+    caplog.set_level("INFO", "jax_gemma_arf")
+    lowered(mesh, shape=(4, 1000))
+    assert [vars(record)["code"] for record in caplog.records] == ["switched_off"]
 
 
 def test_symbolic_shape_falls_back(mesh):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jax_gemma_arf as jga
 from helpers.runners import check_docstring_example, make_mesh
 from jax_gemma_arf._src import decision
-from jax_gemma_arf._src.operands import TWO_BRANCHES
+from jax_gemma_arf._src.operands import BRANCHES, TWO_BRANCHES
 
 TP2 = jax.sharding.AbstractMesh((2,), ("tp",))
 
@@ -22,12 +22,12 @@ def bytes_of(max_tokens, width=5376, dtype=jnp.bfloat16, mesh=TP2, **options):
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("branches", [1, 2])
-def test_every_size_has_a_workspace(built, ranks, branches):
+@pytest.mark.parametrize("op", ["fused_post_ff", "fused_moe_tail"])
+def test_every_size_has_a_workspace(built, ranks, op):
     """Adds up over the sizes that single calls of 1 to 700 tokens take."""
     width = 2816
     sizes = set()
-    for row in (width * 2, branches * width * 2):
+    for row in (width * 2, BRANCHES[op] * width * 2):
         for tokens in range(1, 701):
             one_shot = decision.choose_algorithm(ranks, tokens * row) == "one_shot"
             rows = tokens if one_shot else -(-tokens // ranks) * ranks
@@ -35,7 +35,7 @@ def test_every_size_has_a_workspace(built, ranks, branches):
             sizes.add((one_shot, ranks, capacity))
     mesh = jax.sharding.AbstractMesh((ranks,), ("tp",))
     total = sum(built.workspace_bytes(*size) for size in sizes)
-    assert bytes_of(700, width, mesh=mesh, branches=branches) == total
+    assert bytes_of(700, width, mesh=mesh, op=op) == total
 
 
 def test_example(built):
@@ -48,6 +48,7 @@ def test_bad_arguments(built):
         ({"max_tokens": 1, "width": -64}, "width must be positive"),
         ({"max_tokens": 1, "width": 100}, "no call has these sizes: D must be a multiple of 64"),
         ({"max_tokens": 10**6}, "no call has these sizes: .* above the workspace cap"),
+        ({"max_tokens": 1, "op": "moe_tail"}, "op must be one of fused_post_ff, .*got 'moe_tail'"),
         ({"max_tokens": 1, "dtype": jnp.int8}, "no call has these sizes: x must be bfloat16"),
         ({"max_tokens": 1, "mesh": jax.sharding.AbstractMesh((3,), ("tp",))}, "2, 4 or 8 ranks"),
         ({"max_tokens": 1, "mesh": jax.sharding.AbstractMesh((2,), ("x",))}, "axis_name must name"),
@@ -62,11 +63,11 @@ def test_nothing_to_reserve(mesh):
     assert jga.reserve(64, 640, jnp.bfloat16, mesh=mesh, axis_name="tp") == 0
 
 
-@pytest.mark.parametrize("branches", [1, 2])
-def test_multi_gpu_reserve(built, require_gpus, branches):
+@pytest.mark.parametrize("op", ["fused_all_reduce_norm", "fused_moe_tail"])
+def test_multi_gpu_reserve(built, require_gpus, op):
     """Calls of any size up to the reserved one then allocate nothing."""
     mesh = make_mesh((2,), ("tp",), require_gpus(2))
-    limits: dict[str, Any] = {"mesh": mesh, "axis_name": "tp", "branches": branches}
+    limits: dict[str, Any] = {"mesh": mesh, "axis_name": "tp", "op": op}
     before = sum(part.bytes for part in jga.workspaces() if part.nranks == 2)
     reserved = jga.reserve(900, 5376, jnp.bfloat16, **limits)
     assert reserved == jga.workspace_bytes(900, 5376, jnp.bfloat16, **limits)
@@ -76,7 +77,7 @@ def test_multi_gpu_reserve(built, require_gpus, branches):
     def call(x):
         scale = jnp.ones(5376, x.dtype)
         options: dict[str, Any] = {"axis_name": "tp", "implementation": "cuda"}
-        if branches == 1:
+        if op == "fused_all_reduce_norm":
             return jga.fused_all_reduce_norm(x, scale, **options)
         scales: dict[str, Any] = dict.fromkeys(TWO_BRANCHES.scales, scale)
         return jga.fused_moe_tail(x, x, x, **scales, **options)

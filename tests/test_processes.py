@@ -28,7 +28,7 @@ CASES = [
     Case((33,), 2816, op="sandwich", next_norms=2),
     Case((9,), 5376, F32, op="moe_tail"),
     Case((129,), 2560, op="all_reduce_norm"),
-    # Above decision.ONE_SHOT_MAX_BYTES, so two-shot on a mesh.
+    # Above decision.one_shot_max_bytes(2), so two-shot on a mesh.
     Case((600,), 2816, BF16),
 ]
 

@@ -2,20 +2,27 @@
 
 import dataclasses
 import functools
+import json
 import re
 import types
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_gemma_arf as jga
 from helpers.cases import GEMMA_WIDTHS
-from jax_gemma_arf import Support, fusion_support
+from jax_gemma_arf import fusion_support
 from jax_gemma_arf._src import decision, extension, processes
 from jax_gemma_arf._src.mesh import replica_groups
-from jax_gemma_arf._src.operands import AXIS_SIZES, MAX_MESSAGE_BYTES
+from jax_gemma_arf._src.operands import (
+    AXIS_SIZES,
+    MAX_MESSAGE_BYTES,
+    MAX_ONE_SHOT_BYTES,
+    Operation,
+)
 
 
 class FakeClient:
@@ -98,16 +105,45 @@ def test_branches_count_alike(nvlinked):
     assert decide((tokens, 640), branches=2).ok
     assert not decide((tokens + 1, 640), branches=2).ok
     assert decide((tokens + 1, 640)).ok
-    tokens = decision.ONE_SHOT_MAX_BYTES[2] // 2560
+    tokens = decision.one_shot_max_bytes(2) // 2560
     assert decide((tokens, 640), branches=2).algorithm == "one_shot"
     assert decide((tokens + 1, 640), branches=2).algorithm == "two_shot"
     assert decide((tokens + 1, 640)).algorithm == "one_shot"
 
 
-@pytest.mark.parametrize("branches", [0, 3, "2"])
-def test_unknown_branches(branches):
-    with pytest.raises(ValueError, match="branches must be 1 or 2, got"):
-        fusion_support((1, 640), jnp.bfloat16, mesh=ABSTRACT, axis_name="tp", branches=branches)
+@pytest.mark.parametrize("op", ["post_ff", "fused_moe", None, 2])
+def test_unknown_op(op):
+    names = "fused_post_ff, fused_sandwich, fused_all_reduce_norm, fused_moe_tail"
+    with pytest.raises(ValueError, match=f"op must be one of {names}, got {op!r}"):
+        fusion_support((1, 640), jnp.bfloat16, mesh=ABSTRACT, axis_name="tp", op=op)
+
+
+@pytest.mark.parametrize("op", get_args(Operation))
+def test_operations(nvlinked, op):
+    """All are public; fused_moe_tail alone reduces two partial sums."""
+    assert op in jga.__all__
+    tokens = 1 + MAX_MESSAGE_BYTES // 2560
+    support = fusion_support((tokens, 640), jnp.bfloat16, mesh=ABSTRACT, axis_name="tp", op=op)
+    assert support.ok == (op != "fused_moe_tail"), support.reason
+
+
+def test_partly_manual(nvlinked):
+    """Over some axes of the mesh, as jax.shard_map's axis_names."""
+
+    def support(manual_axes, mesh=ABSTRACT):
+        options: dict[str, Any] = {"mesh": mesh, "axis_name": "tp", "manual_axes": manual_axes}
+        return fusion_support((1, 640), jnp.bfloat16, **options)
+
+    for part in ("tp", ("tp",), ["tp"], {"tp"}, frozenset({"tp"})):
+        (reason,) = support(part).reasons
+        assert reason.startswith("mesh axes ['data'] are not manual")
+    for whole in (None, {"data", "tp"}, ("tp", "data")):
+        assert support(whole).ok
+    assert support("tp", jax.sharding.AbstractMesh((1, 2), ("data", "tp"))).ok
+    with pytest.raises(ValueError, match="manual_axes must name one or several different axes"):
+        support({"tp", "model"})
+    with pytest.raises(ValueError, match="manual_axes must include axis_name 'tp', got 'data'"):
+        support("data")
 
 
 def test_nothing_to_reduce(nvlinked):
@@ -120,7 +156,8 @@ def test_nothing_to_reduce(nvlinked):
 
 def test_cpu_platform(mesh):
     support = fusion_support((1, 5376), jnp.bfloat16, mesh=mesh, axis_name="tp")
-    assert support == Support(False, "platform is cpu, not CUDA")
+    assert support.reasons == ("platform is cpu, not CUDA",)
+    assert support.reason == support.reasons[0]
 
 
 def test_not_built(monkeypatch):
@@ -130,6 +167,50 @@ def test_not_built(monkeypatch):
     )
     assert decide().reason == "the extension was not built (no nvcc)"
     assert decide(client=None).reason == "the extension was not built (no nvcc)"
+
+
+def codes(support) -> list[str]:
+    return [objection.code for objection in support.objections]
+
+
+def test_all_reasons(nvlinked, monkeypatch):
+    """An objection hides no other, and later checks live with what earlier ones found."""
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    shape: Any = (tokens, 1000)
+    everything = {
+        "mesh": jax.sharding.AbstractMesh((2, 3), ("data", "tp")),
+        "manual_axes": frozenset({"tp"}),
+        "client": FakeClient((0, 0, 1, 1), capabilities=("8.0",), kinds=("H100", "H200")),
+    }
+    support = decide(shape, jnp.int8, **everything)
+    at_the_call = ["ranks", "dtype", "symbolic_shape", "partly_manual"]
+    on_the_machine = ["compute_capability", "mixed_devices", "not_initialized"]
+    assert codes(support) == at_the_call + on_the_machine
+    assert [reason.split()[0] for reason in support.reasons] == [
+        *("axis", "x", "x", "mesh", "compute", "devices", "the")
+    ]
+    assert codes(decide((10**6, 1000), client=None)) == ["width", "message_bytes"]
+    lacking = dataclasses.replace(FACTS, version=8, nvlinked=0, ipc_error=201, host=2)
+    gathered(monkeypatch, FACTS, dataclasses.replace(lacking, visible_gpus=1))
+    across = jax.sharding.AbstractMesh((2, 2), ("tp", "data"))
+    support = decide(mesh=across, client=FakeClient((0, 0, 1, 1)))
+    assert codes(support) == ["versions", "hidden_gpus", "no_nvlink", "cuda_ipc", "several_hosts"]
+
+
+def test_every_code_is_documented():
+    documented = re.findall(r"^      ([A-Z_]+): ", jga.FallbackCode.__doc__ or "", re.MULTILINE)
+    assert documented == [*jga.FallbackCode.__members__]
+
+
+def test_reasons_that_follow_from_another_are_left_out(nvlinked, monkeypatch):
+    for built, code in ((0, "not_built"), (1, "no_visible_gpu")):
+        lacking = dataclasses.replace(FACTS, built=built, nvlinked=0, visible_gpus=0)
+        gathered(monkeypatch, FACTS, lacking)
+        assert codes(decide(client=FakeClient((0, 0, 1, 1)))) == [code]
+    monkeypatch.setenv(processes.DISABLE_VARIABLE, "1")
+    monkeypatch.setattr(processes, "_gathered", None)
+    one = jax.sharding.AbstractMesh((1,), ("tp",))
+    assert codes(decide((0, 640), mesh=one)) == ["switched_off", "one_rank", "no_tokens"]
 
 
 def test_no_nvlink(nvlinked):
@@ -252,10 +333,41 @@ def test_no_last_axis():
 @pytest.mark.parametrize("ranks", AXIS_SIZES)
 def test_algorithm_rule(ranks):
     """One-shot up to the documented bytes, two-shot from the next size on."""
-    limit = decision.ONE_SHOT_MAX_BYTES[ranks]
+    limit = decision.one_shot_max_bytes(ranks)
     assert decision.choose_algorithm(ranks, 1) == "one_shot"
     assert decision.choose_algorithm(ranks, limit) == "one_shot"
     assert decision.choose_algorithm(ranks, limit + 1) == "two_shot"
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Thresholds in which two of another device have been measured."""
+    table = {("H200", 2): 1 << 20, ("H200", 4): 128 << 20}
+    monkeypatch.setattr(decision, "_thresholds", decision._thresholds | table)
+
+
+def test_thresholds_by_device_kind(nvlinked, measured):
+    """A kind or a number of ranks without limits has the default kind's."""
+    limits = decision.one_shot_max_bytes
+    assert limits(2, kind="H200") == 1 << 20
+    assert limits(4, kind="H200") == MAX_ONE_SHOT_BYTES
+    assert limits(8, kind="H200") == limits(8, kind="B200") == limits(8)
+    assert limits(2, "flashinfer", "H200") == limits(2, "flashinfer")
+    shape = (1 << 10, 640)  # 1.25 MiB
+    assert decide(shape, client=FakeClient(kinds=("H200",))).algorithm == "two_shot"
+    for client in (FakeClient(), FakeClient(kinds=("B200",)), None):
+        assert decide(shape, client=client).algorithm == "one_shot"
+
+
+def test_file_of_thresholds():
+    """Gives H100's limits; an entry that was not measured says where it is from."""
+    limits = {ranks: decision.one_shot_max_bytes(ranks) for ranks in AXIS_SIZES}
+    assert limits == {2: 2 << 20, 4: 384 << 10, 8: 128 << 10}
+    for kind in json.loads(decision.THRESHOLDS.read_text()).values():
+        assert {int(ranks) for ranks in kind} <= set(AXIS_SIZES)
+        for entry in kind.values():
+            assert 0 < entry["bytes"] <= MAX_ONE_SHOT_BYTES
+            assert entry["measured"] or entry["note"]
 
 
 def test_replica_groups():

@@ -7,12 +7,15 @@ client, not only the devices of the mesh.
 """
 
 import dataclasses
+import enum
 import functools
-import itertools
+import json
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,35 +39,129 @@ from jax_gemma_arf._src.operands import (
     MAX_WIDTH,
     MIN_WIDTH,
     WIDTH_MULTIPLE,
+    Operation,
+    branches_of,
 )
 
-#: Bytes of partial sums on one rank up to which one-shot is used, by axis size. One-shot pushes
-#: N - 1 messages and waits once; two-shot pushes 2 (N - 1) / N and waits twice. N = 2: measured on
-#: two H100s. N = 4 and 8, not measured: where the bytes saved, at 320 GB/s, are worth the 1.7 us
-#: that the second wait costs at N = 2.
-ONE_SHOT_MAX_BYTES = {2: 2 << 20, 4: 384 << 10, 8: 128 << 10}
-#: The same for FlashInfer's kernels, by the rule of its own Python side for bfloat16 (trtllm_ar):
-#: up to 512, 64 and 42 MiB in 2 N messages.
+#: Limits of one-shot by device kind and number of ranks, in bytes of partial sums on one rank, and
+#: how they were measured. bench/op.py --write-thresholds writes the file. One-shot pushes
+#: N - 1 messages and waits once; two-shot pushes 2 (N - 1) / N and waits twice.
+THRESHOLDS = Path(__file__).with_name("one_shot_max_bytes.json")
+#: The device kind whose limits hold where a kind has none for a number of ranks.
+DEFAULT_KIND = "NVIDIA H100 80GB HBM3"
+#: FlashInfer's limits by ranks, by the rule of its own Python side for bfloat16 (trtllm_ar): up to
+#: 512, 64 and 42 MiB in 2 N messages.
 FLASHINFER_ONE_SHOT_MAX_BYTES = {2: 128 << 20, 4: 8 << 20, 8: (42 << 20) // 16}
 #: Architectures that the extension holds code for: Hopper and datacenter Blackwell (B200, B300).
 COMPUTE_CAPABILITIES = ("9.0", "10.0", "10.3")
 
 
-@dataclasses.dataclass(frozen=True)
-class Support:
-    """The decision for one call: kernel or psum, and why.
+class FallbackCode(enum.StrEnum):
+    """The kinds of reasons for which a call runs as psum.
+
+    The logger "jax_gemma_arf" logs each once, with the code as the record's attribute ``code``. A
+    code equals its name in lower case, as in ``record.code == "width"``.
 
     Attributes:
-      ok: True if it does.
-      reason: why not, and what to change; with ok, what will run.
-      algorithm: "one_shot" or "two_shot", or None without ok.
-      deliberate: without ok, True if psum is what is wanted: nothing to reduce, or switched off.
+      SWITCHED_OFF: JAX_GEMMA_ARF_DISABLE is set.
+      ONE_RANK: there is nothing to reduce.
+      NO_TOKENS: x is empty.
+      BRANCHES: FlashInfer's kernels reduce one message.
+      RANKS: the axis does not have 2, 4 or 8 ranks.
+      DTYPE: x is not bfloat16, float16 or float32.
+      SYMBOLIC_SHAPE: a size is not known at compile time.
+      WIDTH: D is not supported.
+      MESSAGE_BYTES: the partial sums do not fit the largest workspace.
+      PARTLY_MANUAL: jax.shard_map leaves a mesh axis to the compiler.
+      SEVERAL_PLATFORMS: the program is exported for other platforms too.
+      VMAPPED_SCALE: a norm scale or layer_scalar has a vmapped axis.
+      NOT_BUILT: the compiled part is missing.
+      PLATFORM: the devices are not CUDA's.
+      COMPUTE_CAPABILITY: there is no code for the devices.
+      MIXED_DEVICES: the devices are of several kinds.
+      NOT_INITIALIZED: initialize() was not called in a job of several processes.
+      VERSIONS: the processes run different versions of jax_gemma_arf.
+      NO_VISIBLE_GPU: the extension's CUDA runtime finds no GPU.
+      HIDDEN_GPUS: a process does not see all of its host's GPUs in the job.
+      NO_NVLINK: GPUs do not reach each other over NVLink.
+      CUDA_IPC: processes cannot map each other's GPU memory.
+      SEVERAL_HOSTS: a replica group reaches over several hosts.
     """
 
-    ok: bool
+    SWITCHED_OFF = enum.auto()
+    ONE_RANK = enum.auto()
+    NO_TOKENS = enum.auto()
+    BRANCHES = enum.auto()
+    RANKS = enum.auto()
+    DTYPE = enum.auto()
+    SYMBOLIC_SHAPE = enum.auto()
+    WIDTH = enum.auto()
+    MESSAGE_BYTES = enum.auto()
+    PARTLY_MANUAL = enum.auto()
+    SEVERAL_PLATFORMS = enum.auto()
+    VMAPPED_SCALE = enum.auto()
+    NOT_BUILT = enum.auto()
+    PLATFORM = enum.auto()
+    COMPUTE_CAPABILITY = enum.auto()
+    MIXED_DEVICES = enum.auto()
+    NOT_INITIALIZED = enum.auto()
+    VERSIONS = enum.auto()
+    NO_VISIBLE_GPU = enum.auto()
+    HIDDEN_GPUS = enum.auto()
+    NO_NVLINK = enum.auto()
+    CUDA_IPC = enum.auto()
+    SEVERAL_HOSTS = enum.auto()
+
+
+#: Codes with which psum is the right choice.
+DELIBERATE = {FallbackCode.SWITCHED_OFF, FallbackCode.ONE_RANK, FallbackCode.NO_TOKENS}
+
+
+class Objection(NamedTuple):
+    """One reason why a call does not run as the kernel.
+
+    Attributes:
+      code: its kind.
+      reason: a sentence with what to change.
+    """
+
+    code: FallbackCode
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """The decision for one call, kernel or psum, and why; true if it is the kernel.
+
+    Attributes:
+      objections: the reasons why the call runs as psum; empty if it runs as the kernel.
+      algorithm: "one_shot" or "two_shot", or None with objections.
+      launch: what will run as the kernel; empty with objections.
+    """
+
+    objections: tuple[Objection, ...] = ()
     algorithm: str | None = None
-    deliberate: bool = False
+    launch: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """True if the call runs as the kernel."""
+        return not self.objections
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The sentences of all objections."""
+        return tuple(objection.reason for objection in self.objections)
+
+    @property
+    def reason(self) -> str:
+        """The first of the reasons; without any, what will run."""
+        return self.objections[0].reason if self.objections else self.launch
+
+    @property
+    def deliberate(self) -> bool:
+        """True if psum is the right choice, as there is nothing to reduce or it is switched off."""
+        return any(objection.code in DELIBERATE for objection in self.objections)
 
     def __bool__(self) -> bool:
         return self.ok
@@ -93,10 +190,46 @@ def device_facts(client: object) -> DeviceFacts:
     )
 
 
-def choose_algorithm(ranks: int, message_bytes: int, implementation: str = "cuda") -> str:
-    """Returns the algorithm: one-shot up to the limit of the implementation, two-shot above."""
-    limits = FLASHINFER_ONE_SHOT_MAX_BYTES if implementation == "flashinfer" else ONE_SHOT_MAX_BYTES
-    return "one_shot" if message_bytes <= min(limits[ranks], MAX_ONE_SHOT_BYTES) else "two_shot"
+def read_thresholds(path: Path) -> dict[tuple[str, int], int]:
+    """Returns the bytes in a file of thresholds, by device kind and number of ranks."""
+    return {
+        (kind, int(ranks)): entry["bytes"]
+        for kind, entries in json.loads(path.read_text()).items()
+        for ranks, entry in entries.items()
+    }
+
+
+_thresholds = read_thresholds(THRESHOLDS)
+
+
+def one_shot_max_bytes(ranks: int, implementation: str = "cuda", kind: str = DEFAULT_KIND) -> int:
+    """Returns the bytes of partial sums on one rank up to which one-shot is used."""
+    if implementation == "flashinfer":
+        limit = FLASHINFER_ONE_SHOT_MAX_BYTES[ranks]
+    else:
+        limit = _thresholds.get((kind, ranks), _thresholds[DEFAULT_KIND, ranks])
+    return min(limit, MAX_ONE_SHOT_BYTES)
+
+
+def choose_algorithm(
+    ranks: int, message_bytes: int, implementation: str = "cuda", kind: str = DEFAULT_KIND
+) -> str:
+    """Returns the algorithm: one-shot up to the limit of the implementation, two-shot above.
+
+    kind: of all devices; DEFAULT_KIND where there is no client to ask.
+    """
+    limit = one_shot_max_bytes(ranks, implementation, kind)
+    return "one_shot" if message_bytes <= limit else "two_shot"
+
+
+def client_of(mesh: AnyMesh) -> Any:
+    """Returns the client of a mesh's devices; None for an AbstractMesh."""
+    return mesh.devices.flat[0].client if isinstance(mesh, jax.sharding.Mesh) else None
+
+
+def device_kind(client: object | None) -> str:
+    """Returns the kind of a client's devices, which are alike wherever the kernel runs."""
+    return DEFAULT_KIND if client is None else device_facts(client).kinds[0]
 
 
 def fusion_support(
@@ -105,26 +238,31 @@ def fusion_support(
     *,
     mesh: AnyMesh,
     axis_name: AxisName,
-    branches: int = 1,
+    op: Operation = "fused_post_ff",
+    manual_axes: AxisName | AbstractSet[str] | None = None,
     implementation: str | None = None,
 ) -> Support:
     """Why a fused operation will or will not run as the kernel.
 
     Args:
-      x_shape: [..., D], the shape of x (or dense, or experts) on one rank, as inside a
-        jax.shard_map that is manual over all axes of the mesh.
+      x_shape: [..., D], the shape of x (or dense, or experts) on one rank, as inside the
+        jax.shard_map.
       dtype: x's dtype.
       mesh: the mesh. An AbstractMesh has no devices, so only what is static is checked.
       axis_name: the mesh axis (or axes) of tensor parallelism.
-      branches: how many partial sums the call reduces: 2 for fused_moe_tail, 1 for the others.
+      op: the operation, "fused_post_ff", "fused_sandwich", "fused_all_reduce_norm" or
+        "fused_moe_tail"; the last reduces two partial sums, the others one.
+      manual_axes: the axes over which the jax.shard_map is manual (its axis_names); None for all
+        axes of the mesh.
       implementation: "cuda" or None for the kernels of this library, "flashinfer" for FlashInfer's.
 
     Returns:
-      A Support, true if the kernel will run.
+      A Support, true if the kernel will run; otherwise with all reasons why not.
 
     Raises:
-      ValueError: if axis_name does not name axes of the mesh, x_shape has no last axis or a
-        negative size, branches is neither 1 nor 2, or implementation is none of these.
+      ValueError: if axis_name does not name axes of the mesh, manual_axes does not or lacks one of
+        axis_name, x_shape has no last axis or a negative size, or op or implementation is none of
+        these.
       TypeError: if a size is neither an integer nor one of jax.export's symbolic dimensions.
 
     Example:
@@ -137,23 +275,36 @@ def fusion_support(
         raise ValueError("x must have a last axis of D elements, got the shape ()")
     if any(isinstance(size, int) and size < 0 for size in shape):
         raise ValueError(f"x_shape must hold sizes of at least 0, got {shape}; -1 is not inferred")
-    if branches not in (1, 2):
-        raise ValueError(f"branches must be 1 or 2, got {branches!r}")
+    branches = branches_of(op)
     if implementation not in ("cuda", "flashinfer", None):
         raise ValueError(
             f'implementation must be "cuda", "flashinfer" or None, got {implementation!r}'
         )
-    client = mesh.devices.flat[0].client if isinstance(mesh, jax.sharding.Mesh) else None
     names = axis_names(axis_name, mesh)
     return decide(
         shape,
         jnp.dtype(dtype),
         mesh=mesh,
         names=names,
-        client=client,
+        client=client_of(mesh),
         branches=branches,
+        manual_axes=_manual(manual_axes, mesh, names),
         implementation=implementation or "cuda",
     )
+
+
+def _manual(
+    manual_axes: AxisName | AbstractSet[str] | None, mesh: AnyMesh, names: tuple[str, ...]
+) -> frozenset[str] | None:
+    """Returns manual_axes after checking that they are axes of the mesh and include names."""
+    if manual_axes is None:
+        return None
+    if isinstance(manual_axes, AbstractSet):
+        manual_axes = tuple(manual_axes)
+    manual = frozenset(axis_names(manual_axes, mesh, "manual_axes"))
+    if not manual.issuperset(names):
+        raise ValueError(f"manual_axes must include axis_name {quoted(names)}, got {manual_axes!r}")
+    return manual
 
 
 def _size(size: Any) -> Any:
@@ -188,26 +339,25 @@ def decide(
       names: the axes of tensor parallelism.
       client: the JAX client whose devices will run the call; None if there is none, as when
         lowering for CUDA on a machine without it: then the devices are not checked.
-      branches: as there.
+      branches: how many partial sums the call reduces.
       manual_axes: the mesh axes that are manual; None for all.
       implementation: "cuda" or "flashinfer".
     """
     ranks = group_size(mesh, names)
     message = _Message(x_shape, dtype, branches)
-    if reason := next(_nothing_to_gain(message, ranks), None):
-        return Support(False, reason, deliberate=True)
-    objections = itertools.chain(
-        _static_objections(message, ranks, names, implementation),
-        _mesh_objections(mesh, manual_axes),
-        _machine_objections(client, implementation),
-        _process_objections(client, mesh, names, implementation),
+    objections = (
+        *_nothing_to_gain(message, ranks),
+        *_static_objections(message, ranks, names, implementation),
+        *_mesh_objections(mesh, manual_axes),
+        *_machine_objections(client, implementation),
+        *_process_objections(client, mesh, names, implementation),
     )
-    if reason := next(objections, None):
-        return Support(False, reason)
-    algorithm = choose_algorithm(ranks, message.bytes, implementation)
+    if objections:
+        return Support(objections)
+    algorithm = choose_algorithm(ranks, message.bytes, implementation, device_kind(client))
     whose = " of FlashInfer's" if implementation == "flashinfer" else ""
     launch = f"one {algorithm.replace('_', '-')} launch{whose} over {ranks} ranks"
-    return Support(True, launch, algorithm)
+    return Support((), algorithm, launch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,70 +377,88 @@ class _Message:
         return self.branches * math.prod(self.shape) * self.dtype.itemsize
 
 
-def _nothing_to_gain(message: _Message, ranks: int) -> Iterator[str]:
+def _nothing_to_gain(message: _Message, ranks: int) -> Iterator[Objection]:
     """Yields the reasons why psum is the right choice."""
     if processes.disabled():
-        yield f"switched off by {processes.DISABLE_VARIABLE}"
+        yield Objection(FallbackCode.SWITCHED_OFF, f"switched off by {processes.DISABLE_VARIABLE}")
     if ranks == 1:
-        yield "the axis has one rank, so there is nothing to reduce"
+        yield Objection(
+            FallbackCode.ONE_RANK, "the axis has one rank, so there is nothing to reduce"
+        )
     if 0 in message.shape:
-        yield f"x of shape {message.shape} has no tokens"
+        yield Objection(FallbackCode.NO_TOKENS, f"x of shape {message.shape} has no tokens")
 
 
 def _static_objections(
     message: _Message, ranks: int, names: tuple[str, ...], implementation: str
-) -> Iterator[str]:
+) -> Iterator[Objection]:
     """Yields the properties of the call that the kernel does not support."""
     if implementation == "flashinfer" and message.branches > 1:
-        yield "FlashInfer's kernels reduce one message, and fused_moe_tail has two"
-    if ranks not in AXIS_SIZES:
-        yield f"axis {quoted(names)} must have 2, 4 or 8 ranks, got {ranks}"
+        yield Objection(
+            FallbackCode.BRANCHES,
+            "FlashInfer's kernels reduce one message, and fused_moe_tail has two",
+        )
+    if ranks not in (1, *AXIS_SIZES):
+        yield Objection(
+            FallbackCode.RANKS, f"axis {quoted(names)} must have 2, 4 or 8 ranks, got {ranks}"
+        )
     if message.dtype not in DTYPES:
-        yield f"x must be bfloat16, float16 or float32, got {message.dtype}"
+        yield Objection(
+            FallbackCode.DTYPE, f"x must be bfloat16, float16 or float32, got {message.dtype}"
+        )
     if not message.static:
-        yield f"x must have a static shape, got {message.shape}"
-    hidden = message.shape[-1]
-    if hidden % WIDTH_MULTIPLE != 0 or not MIN_WIDTH <= hidden <= MAX_WIDTH:
-        yield (
+        yield Objection(
+            FallbackCode.SYMBOLIC_SHAPE, f"x must have a static shape, got {message.shape}"
+        )
+        return  # symbolic sizes do not compare
+    width = message.shape[-1]
+    if width % WIDTH_MULTIPLE != 0 or not MIN_WIDTH <= width <= MAX_WIDTH:
+        yield Objection(
+            FallbackCode.WIDTH,
             f"D must be a multiple of {WIDTH_MULTIPLE} from {MIN_WIDTH} to {MAX_WIDTH}, "
-            f"got {hidden}"
+            f"got {width}",
         )
     if message.bytes > MAX_MESSAGE_BYTES:
-        tokens = MAX_MESSAGE_BYTES // (message.branches * hidden * message.dtype.itemsize)
-        yield (
+        tokens = MAX_MESSAGE_BYTES // (message.branches * width * message.dtype.itemsize)
+        yield Objection(
+            FallbackCode.MESSAGE_BYTES,
             f"the partial sums have {message.bytes} bytes on a rank, above the workspace cap of "
-            f"{MAX_MESSAGE_BYTES}; use at most {tokens} tokens a call"
+            f"{MAX_MESSAGE_BYTES}; use at most {tokens} tokens a call",
         )
 
 
-def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Iterator[str]:
+def _mesh_objections(mesh: AnyMesh, manual_axes: frozenset[str] | None) -> Iterator[Objection]:
     """Yields the properties of the mesh that XLA would handle wrongly."""
     manual = set(mesh.axis_names) if manual_axes is None else manual_axes
     others = [name for name, size in mesh.shape.items() if size > 1 and name not in manual]
     if others:
-        yield (
+        yield Objection(
+            FallbackCode.PARTLY_MANUAL,
             f"mesh axes {others} are not manual, so XLA would gather the operands over them; "
-            "make jax.shard_map manual over all axes of the mesh"
+            "make jax.shard_map manual over all axes of the mesh",
         )
 
 
-def _machine_objections(client: object | None, implementation: str) -> Iterator[str]:
+def _machine_objections(client: object | None, implementation: str) -> Iterator[Objection]:
     """Yields the reasons why these devices cannot run the kernel."""
     missing = extension.why_missing(implementation)
     if missing is not None and (client is None or _compile_only(client)):
-        yield missing
+        yield Objection(FallbackCode.NOT_BUILT, missing)
     if client is None:
         return
     facts = device_facts(client)
     if facts.platform != "gpu":
-        yield f"platform is {facts.platform}, not CUDA"
+        yield Objection(FallbackCode.PLATFORM, f"platform is {facts.platform}, not CUDA")
     if not set(facts.compute_capabilities) <= set(COMPUTE_CAPABILITIES):
-        yield (
+        yield Objection(
+            FallbackCode.COMPUTE_CAPABILITY,
             f"compute capability must be one of {', '.join(COMPUTE_CAPABILITIES)} on all "
-            f"devices, got {', '.join(facts.compute_capabilities)}"
+            f"devices, got {', '.join(facts.compute_capabilities)}",
         )
     if len(facts.kinds) > 1:
-        yield f"devices must be alike, got {', '.join(facts.kinds)}"
+        yield Objection(
+            FallbackCode.MIXED_DEVICES, f"devices must be alike, got {', '.join(facts.kinds)}"
+        )
 
 
 def _compile_only(client: object) -> bool:
@@ -300,51 +468,67 @@ def _compile_only(client: object) -> bool:
 
 def _process_objections(
     client: object | None, mesh: AnyMesh, names: tuple[str, ...], implementation: str
-) -> Iterator[str]:
+) -> Iterator[Objection]:
     """Yields the reasons why a process that holds the devices cannot run the kernel."""
-    if client is None or _compile_only(client):
+    if client is None or _compile_only(client) or device_facts(client).platform != "gpu":
         return
     owners = device_facts(client).processes
     known = processes.known(len(set(owners)))
     if known is None:
-        yield (
+        yield Objection(
+            FallbackCode.NOT_INITIALIZED,
             f"the devices are in {len(set(owners))} processes, which do not know of each other; "
-            "call jax_gemma_arf.initialize() in each, after jax.distributed.initialize()"
+            "call jax_gemma_arf.initialize() in each, after jax.distributed.initialize()",
         )
         return
     for index, process in enumerate(known):
         where = f" (process {index})" if len(known) > 1 else ""
         if not (process.flashinfer if implementation == "flashinfer" else process.built):
             missing = extension.why_missing(implementation)
-            yield (missing or "the extension was not built") + where
+            yield Objection(
+                FallbackCode.NOT_BUILT, (missing or "the extension was not built") + where
+            )
         if process.version != known[0].version:
-            yield f"process {index} runs another version of jax_gemma_arf than process 0"
+            yield Objection(
+                FallbackCode.VERSIONS,
+                f"process {index} runs another version of jax_gemma_arf than process 0",
+            )
+        if not process.built:
+            continue  # it is the extension that looks at the GPUs
         needed = sum(known[owner].host == process.host for owner in owners)
         if not process.visible_gpus:
-            yield (
+            yield Objection(
+                FallbackCode.NO_VISIBLE_GPU,
                 f"the extension's CUDA runtime finds no GPU where JAX has {needed} on this host; "
                 "the NVIDIA driver is older than the CUDA release that the extension was compiled "
-                f"with, or broken (see nvidia-smi){where}"
+                f"with, or broken (see nvidia-smi){where}",
             )
+            continue
         if process.visible_gpus < needed:
-            yield (
+            yield Objection(
+                FallbackCode.HIDDEN_GPUS,
                 f"process {index} sees {process.visible_gpus} of its host's {needed} GPUs in this "
                 "job; show it all (CUDA_VISIBLE_DEVICES) and choose with "
-                "jax.distributed.initialize(local_device_ids=...)"
+                "jax.distributed.initialize(local_device_ids=...)",
             )
         if not process.nvlinked:
-            yield f"not every pair of GPUs has NVLink peer access (nvidia-smi topo -m){where}"
+            yield Objection(
+                FallbackCode.NO_NVLINK,
+                f"not every pair of GPUs has NVLink peer access (nvidia-smi topo -m){where}",
+            )
         if process.ipc_error:
-            yield (
+            yield Objection(
+                FallbackCode.CUDA_IPC,
                 f"process {index} cannot map the GPU memory of its host's other processes (CUDA "
                 f"IPC, error {process.ipc_error}); run them in one container, or start their "
-                "containers with --ipc=host --pid=host"
+                "containers with --ipc=host --pid=host",
             )
     hosts = [known[owner].host for owner in owners]
     if any(len(set(group)) > 1 for group in _by_group(hosts, client, mesh, names)):
-        yield (
+        yield Objection(
+            FallbackCode.SEVERAL_HOSTS,
             f"axis {quoted(names)} reaches over several hosts; the ranks of a group must be on "
-            "one, as along the last axis of a mesh"
+            "one, as along the last axis of a mesh",
         )
 
 

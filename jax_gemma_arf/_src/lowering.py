@@ -4,7 +4,7 @@ one FFI call on CUDA or to the reference anywhere else."""
 import dataclasses
 import functools
 import logging
-import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_gemma_arf._src.decision import decide
+from jax_gemma_arf._src.decision import DELIBERATE, FallbackCode, Objection, decide
 from jax_gemma_arf._src.mesh import replica_groups
 from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf._src.reference import reference_tail, tail
@@ -142,33 +142,41 @@ def _abstract_eval(*avals, **params):
     return jax.make_jaxpr(functools.partial(_reference_of_leaves, **params))(*avals).out_avals
 
 
-def _lower_to_reference(ctx, *leaves, reason: str, level: int, **params):
-    if implementation := params["options"].implementation:
-        raise NotImplementedError(_refusal(implementation, reason))
-    log_fallback(reason, level)
+def _lower_to_reference(ctx, *leaves, objections: tuple[Objection, ...], **params):
+    _fall_back(params["options"].implementation, objections)
     function = functools.partial(_reference_of_leaves, **params)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
-def _refusal(implementation: str, reason: str) -> str:
-    return f'implementation="{implementation}" was asked for, but the kernel cannot run: {reason}'
+def _fall_back(implementation: str | None, objections: tuple[Objection, ...]) -> None:
+    """Logs why a call runs as psum, or raises if it asked for an implementation."""
+    if implementation:
+        raise NotImplementedError(
+            f'implementation="{implementation}" was asked for, but the kernel cannot run: '
+            + "; ".join(objection.reason for objection in objections)
+        )
+    # Where psum is the right choice, nothing else has to change.
+    log_fallback([o for o in objections if o.code in DELIBERATE] or objections)
 
 
-_logged: set[str] = set()
+_logged: set[FallbackCode] = set()
 
 
-def log_fallback(reason: str, level: int = logging.WARNING) -> None:
-    """Says once per reason, whatever the numbers in it, that calls run as psum."""
-    kind = re.sub(r"\d+", "", reason)
-    if kind not in _logged:
-        _logged.add(kind)
-        logger.log(level, "fused operations run as psum + tail: %s", reason)
+def log_fallback(objections: Iterable[Objection]) -> None:
+    """Logs once per code why calls run as psum: at INFO where nobody expects the kernel."""
+    for code, reason in objections:
+        if code not in _logged:
+            _logged.add(code)
+            expected = code in DELIBERATE or code == FallbackCode.PLATFORM
+            level = logging.INFO if expected else logging.WARNING
+            message = "fused operations run as psum + tail: %s"
+            logger.log(level, message, reason, extra={"code": code})
 
 
 def _default_lowering(ctx, *leaves, **params):
     platforms = [name for name in ctx.module_context.platforms if name != "cuda"]
-    reason = f"platform is {', '.join(platforms)}, not CUDA"
-    return _lower_to_reference(ctx, *leaves, reason=reason, level=logging.INFO, **params)
+    objection = Objection(FallbackCode.PLATFORM, f"platform is {', '.join(platforms)}, not CUDA")
+    return _lower_to_reference(ctx, *leaves, objections=(objection,), **params)
 
 
 def _cuda_lowering(ctx, *leaves, tree, options):
@@ -176,9 +184,12 @@ def _cuda_lowering(ctx, *leaves, tree, options):
     if others:
         # XLA keeps a branch on the platform that has a collective in it, and then looks for the
         # handler on the other platforms too.
-        reason = f"the program is exported for {', '.join(others)} too; export for CUDA alone"
+        objection = Objection(
+            FallbackCode.SEVERAL_PLATFORMS,
+            f"the program is exported for {', '.join(others)} too; export for CUDA alone",
+        )
         return _lower_to_reference(
-            ctx, *leaves, reason=reason, level=logging.WARNING, tree=tree, options=options
+            ctx, *leaves, objections=(objection,), tree=tree, options=options
         )
     operands = tree.unflatten(ctx.avals_in)
     x = operands.partial_sums[0]
@@ -198,9 +209,8 @@ def _cuda_lowering(ctx, *leaves, tree, options):
         implementation=options.implementation or "cuda",
     )
     if decision.algorithm is None:
-        level = logging.INFO if decision.deliberate else logging.WARNING
         return _lower_to_reference(
-            ctx, *leaves, reason=decision.reason, level=level, tree=tree, options=options
+            ctx, *leaves, objections=decision.objections, tree=tree, options=options
         )
     if not operands.norm_scales:
         function = functools.partial(_sum_by_norm, options)
@@ -238,9 +248,7 @@ def _batch(leaves, dims, *, tree, options):
     operands, axes = tree.unflatten(leaves), tree.unflatten(dims)
     if jax.tree.leaves(axes._replace(partial_sums=(), residual=None)):
         reason = "a norm scale or layer_scalar has a vmapped axis"
-        if options.implementation:
-            raise NotImplementedError(_refusal(options.implementation, reason))
-        log_fallback(reason)
+        _fall_back(options.implementation, (Objection(FallbackCode.VMAPPED_SCALE, reason),))
         function = functools.partial(_reference_of_leaves, tree=tree, options=options)
         outs = jax.vmap(function, in_axes=tuple(dims))(*leaves)
         return outs, (0,) * len(outs)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jax_gemma_arf._src import extension
-from jax_gemma_arf._src.decision import choose_algorithm, fusion_support
+from jax_gemma_arf._src.decision import choose_algorithm, client_of, device_kind, fusion_support
 from jax_gemma_arf._src.fused_ops import fused_all_reduce_norm, fused_moe_tail
 from jax_gemma_arf._src.mesh import AnyMesh, AxisName, axis_names, group_size
-from jax_gemma_arf._src.operands import AXIS_SIZES, TWO_BRANCHES
+from jax_gemma_arf._src.operands import AXIS_SIZES, TWO_BRANCHES, Operation, branches_of
 
 
 def workspace_bytes(
@@ -22,7 +22,7 @@ def workspace_bytes(
     *,
     mesh: AnyMesh,
     axis_name: AxisName,
-    branches: int = 1,
+    op: Operation = "fused_post_ff",
 ) -> int:
     """Returns the device memory, in bytes on each GPU, of all calls of up to max_tokens tokens.
 
@@ -34,13 +34,16 @@ def workspace_bytes(
       max_tokens: largest number of tokens of a call on one rank, with all leading axes.
       width: D.
       dtype: the dtype of the partial sums; the residual's is the same.
-      mesh: the mesh.
+      mesh: the mesh. The limit of one-shot depends on its device kind; an AbstractMesh, which has
+        none, is taken to consist of H100s.
       axis_name: the mesh axis (or axes) of tensor parallelism.
-      branches: 2 for a model that calls fused_moe_tail besides operations with one branch.
+      op: the operation with the most partial sums that the model calls: "fused_moe_tail" counts the
+        operations with one partial sum as well.
 
     Raises:
-      ValueError: if max_tokens, width or branches is not positive, if axis_name does not name axes
-        of the mesh or does not have 2, 4 or 8 ranks, or if the partial sums are too large.
+      ValueError: if max_tokens or width is not positive, if op is no operation, if axis_name does
+        not name axes of the mesh or does not have 2, 4 or 8 ranks, or if the partial sums are too
+        large.
       NotImplementedError: if the extension was not built.
 
     Example:
@@ -50,8 +53,8 @@ def workspace_bytes(
     """
     if missing := extension.why_missing():
         raise NotImplementedError(f"workspace_bytes: {missing}")
-    ranks = _ranks(max_tokens, width, dtype, mesh, axis_name, branches)
-    return sum(size.bytes for size in _sizes(max_tokens, width, dtype, branches, ranks))
+    ranks = _ranks(max_tokens, width, dtype, mesh, axis_name, op)
+    return sum(size.bytes for size in _sizes(max_tokens, width, dtype, mesh, op, ranks))
 
 
 def reserve(
@@ -61,7 +64,7 @@ def reserve(
     *,
     mesh: jax.sharding.Mesh,
     axis_name: AxisName,
-    branches: int = 1,
+    op: Operation = "fused_post_ff",
 ) -> int:
     """Allocates now what calls of up to max_tokens tokens need, instead of at their first runs.
 
@@ -69,7 +72,7 @@ def reserve(
     when a server starts, in every process, before memory gets scarce and before traffic arrives.
 
     Args:
-      max_tokens, width, dtype, mesh, axis_name, branches: as in :func:`workspace_bytes`.
+      max_tokens, width, dtype, mesh, axis_name, op: as in :func:`workspace_bytes`.
 
     Returns:
       The bytes on each GPU that such calls use, :func:`workspace_bytes`; 0 where calls run as psum,
@@ -78,13 +81,10 @@ def reserve(
     Raises:
       ValueError: as workspace_bytes.
     """
-    ranks = _ranks(max_tokens, width, dtype, mesh, axis_name, branches)
-    largest = fusion_support(
-        (max_tokens, width), dtype, mesh=mesh, axis_name=axis_name, branches=branches
-    )
-    if not largest:
+    ranks = _ranks(max_tokens, width, dtype, mesh, axis_name, op)
+    if not fusion_support((max_tokens, width), dtype, mesh=mesh, axis_name=axis_name, op=op):
         return 0
-    sizes = _sizes(max_tokens, width, dtype, branches, ranks)
+    sizes = _sizes(max_tokens, width, dtype, mesh, op, ranks)
 
     def calls() -> tuple[Any, ...]:
         scale = jnp.ones(width, dtype)
@@ -105,9 +105,9 @@ def reserve(
     return sum(size.bytes for size in sizes)
 
 
-def _ranks(max_tokens, width, dtype, mesh, axis_name, branches) -> int:
+def _ranks(max_tokens, width, dtype, mesh, axis_name, op) -> int:
     """Checks the arguments. Returns the number of ranks."""
-    for name, number in (("max_tokens", max_tokens), ("width", width), ("branches", branches)):
+    for name, number in (("max_tokens", max_tokens), ("width", width)):
         if number < 1:
             raise ValueError(f"{name} must be positive, got {number}")
     ranks = group_size(mesh, axis_names(axis_name, mesh))
@@ -115,11 +115,9 @@ def _ranks(max_tokens, width, dtype, mesh, axis_name, branches) -> int:
         raise ValueError(f"axis_name must name axes with 2, 4 or 8 ranks, got {ranks}")
     # With the limits of a call, and its words.
     abstract = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names)
-    support = fusion_support(
-        (max_tokens, width), dtype, mesh=abstract, axis_name=axis_name, branches=branches
-    )
+    support = fusion_support((max_tokens, width), dtype, mesh=abstract, axis_name=axis_name, op=op)
     if not support.ok and not support.deliberate and extension.load() is not None:
-        raise ValueError(f"no call has these sizes: {support.reason}")
+        raise ValueError(f"no call has these sizes: {'; '.join(support.reasons)}")
     return ranks
 
 
@@ -131,7 +129,7 @@ class _Size(NamedTuple):
     branches: int
 
 
-def _sizes(max_tokens, width, dtype, branches, ranks) -> list[_Size]:
+def _sizes(max_tokens, width, dtype, mesh, op, ranks) -> list[_Size]:
     """Returns the workspaces that calls can take; the extension must be built.
 
     A model that calls fused_moe_tail calls operations with one branch, too.
@@ -139,8 +137,10 @@ def _sizes(max_tokens, width, dtype, branches, ranks) -> list[_Size]:
     built: Any = extension.load()
     row = width * jnp.dtype(dtype).itemsize
     sizes: dict[tuple[str, int], _Size] = {}
-    for count, tokens in itertools.product(range(1, branches + 1), range(1, max_tokens + 1)):
-        algorithm = choose_algorithm(ranks, tokens * count * row)
+    kind = device_kind(client_of(mesh))
+    branches = range(1, branches_of(op) + 1)
+    for count, tokens in itertools.product(branches, range(1, max_tokens + 1)):
+        algorithm = choose_algorithm(ranks, tokens * count * row, kind=kind)
         one_shot = algorithm == "one_shot"
         # Two-shot has whole groups of rows, one for each rank.
         rows = tokens if one_shot else math.ceil(tokens / ranks) * ranks

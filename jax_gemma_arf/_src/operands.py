@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,10 @@ MAX_ONE_SHOT_BYTES = 64 << 20
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 Implementation = Literal["cuda", "flashinfer", "xla"]
+#: The public operations, by name.
+Operation = Literal["fused_post_ff", "fused_sandwich", "fused_all_reduce_norm", "fused_moe_tail"]
+#: Partial sums that an operation reduces, one for each branch.
+BRANCHES: dict[str, int] = dict.fromkeys(get_args(Operation), 1) | {"fused_moe_tail": 2}
 
 
 class Operands(NamedTuple):
@@ -78,6 +82,13 @@ def as_array(layer_scalar: jax.Array | float) -> jax.Array:
     """A number of Python, or an integer of NumPy, becomes float32, whatever JAX's default is."""
     number = isinstance(layer_scalar, numbers.Integral | float)
     return jnp.asarray(layer_scalar, jnp.float32 if number else None)
+
+
+def branches_of(op: str) -> int:
+    """Returns how many partial sums the operation of that name reduces."""
+    if op not in BRANCHES:
+        raise ValueError(f"op must be one of {', '.join(BRANCHES)}, got {op!r}")
+    return BRANCHES[op]
 
 
 def check_number(name: str, value: float) -> float:
