@@ -114,9 +114,11 @@ def stream(name: str, prompt: str, tokens: Iterator[tuple[str, int]]) -> list[in
     ids, start = [], 0.0
     for text, token in tokens:
         print(text, end="", flush=True)
-        start = start or time.perf_counter()  # the first token waits for the compiler
         ids.append(token)
-    print(f"\n[{(len(ids) - 1) / (time.perf_counter() - start):.1f} tokens/s]")
+        if len(ids) == 2:  # the sampler's step is compiled for each of the first two tokens
+            start = time.perf_counter()
+    if len(ids) > 2:
+        print(f"\n[{(len(ids) - 2) / (time.perf_counter() - start):.1f} tokens/s]")
     return ids
 
 
