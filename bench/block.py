@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
 from jax_gemma_arf import loopback
-from jax_gemma_arf.__main__ import GEMMA4_HIDDEN as WIDTHS
+from jax_gemma_arf.__main__ import GEMMA4_WIDTHS as WIDTHS
 from jax_gemma_arf._src.operands import Operands
 from jax_gemma_arf._src.reference import post_ff_tail, rmsnorm
 

@@ -45,7 +45,7 @@ import xplane
 from jax.sharding import PartitionSpec as P
 
 import jax_gemma_arf as jga
-from jax_gemma_arf.__main__ import GEMMA4_HIDDEN as WIDTHS
+from jax_gemma_arf.__main__ import GEMMA4_WIDTHS as WIDTHS
 from jax_gemma_arf._src import decision, extension
 from jax_gemma_arf._src.operands import AXIS_SIZES, TWO_BRANCHES, Operands
 from jax_gemma_arf._src.reference import tail

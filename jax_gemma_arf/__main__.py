@@ -10,7 +10,7 @@ from jax_gemma_arf import __version__, fusion_support, workspace_bytes
 from jax_gemma_arf._src import extension
 from jax_gemma_arf._src.operands import AXIS_SIZES
 
-GEMMA4_HIDDEN = {"E2B": 1536, "E4B": 2560, "26B-A4B": 2816, "31B": 5376}
+GEMMA4_WIDTHS = {"E2B": 1536, "E4B": 2560, "26B-A4B": 2816, "31B": 5376}
 
 
 def main() -> None:
@@ -74,12 +74,12 @@ def print_decisions() -> None:
     for size in sizes:
         mesh = jax.make_mesh((size,), ("tp",), devices=jax.devices()[:size])
         print(f"tensor parallelism over {size} of {count} devices, bfloat16:")
-        for model, hidden in GEMMA4_HIDDEN.items():
+        for model, width in GEMMA4_WIDTHS.items():
             for tokens in (1, 4096):
-                support = fusion_support((tokens, hidden), jnp.bfloat16, mesh=mesh, axis_name="tp")
+                support = fusion_support((tokens, width), jnp.bfloat16, mesh=mesh, axis_name="tp")
                 kernel = "kernel" if support.ok else "psum  "
                 why = "; ".join(support.reasons) or support.launch
-                print(f"  {model:8} D = {hidden}, {tokens:4} tokens: {kernel} ({why})")
+                print(f"  {model:8} D = {width}, {tokens:4} tokens: {kernel} ({why})")
 
 
 def print_memory() -> None:
@@ -88,12 +88,12 @@ def print_memory() -> None:
         return
     print("workspaces for calls of up to 8192 tokens, bfloat16, MB on each GPU:")
     print("           " + "".join(f"{size:6} ranks" for size in AXIS_SIZES))
-    for model, hidden in GEMMA4_HIDDEN.items():
+    for model, width in GEMMA4_WIDTHS.items():
         cells = []
         for size in AXIS_SIZES:
             mesh = jax.sharding.AbstractMesh((size,), ("tp",))
             op = "fused_moe_tail" if model == "26B-A4B" else "fused_post_ff"
-            needed = workspace_bytes(8192, hidden, jnp.bfloat16, mesh=mesh, axis_name="tp", op=op)
+            needed = workspace_bytes(8192, width, jnp.bfloat16, mesh=mesh, axis_name="tp", op=op)
             cells.append(needed / 1e6)
         print(f"  {model:9}" + "".join(f"{megabytes:12.0f}" for megabytes in cells))
 

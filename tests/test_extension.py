@@ -324,7 +324,7 @@ def test_report(capsys, monkeypatch):
     report.main()
     out = capsys.readouterr().out
     assert f"jax_gemma_arf {jax_gemma_arf.__version__}" in out
-    for model, width in report.GEMMA4_HIDDEN.items():
+    for model, width in report.GEMMA4_WIDTHS.items():
         assert re.search(rf"{model} +D = {width}, +1 tokens: (kernel|psum) +\(.+\)", out)
 
 
