@@ -1,8 +1,8 @@
 """Writes the limits of one-shot out of records: ``thresholds.py RECORD.json...``.
 
-A record is one of ``op.py --algorithms one_shot two_shot`` over a mesh of GPUs. Its limit replaces
-the one of its device kind and number of ranks in this checkout's one_shot_max_bytes.json, together
-with where the limit was measured; ``op.py --write-thresholds`` does both at once.
+The records are of ``op.py --algorithms one_shot two_shot`` on a mesh of GPUs. The limit of a record
+replaces the entry for the record's device kind and number of ranks in one_shot_max_bytes.json of
+this checkout. ``op.py --write-thresholds`` measures and writes at once.
 """
 
 import argparse

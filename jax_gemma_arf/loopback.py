@@ -47,7 +47,7 @@ def loopback_tail(
         (with local_ranks, [len(local_ranks), ..., D]; results likewise).
       eps: added to each mean of squares.
       scale_offset: 0 for Gemma 4, 1 for Gemma 2 and 3.
-      algorithm: "one_shot", "two_shot", or None for the rule of a mesh.
+      algorithm: "one_shot", "two_shot", or None for the rule of a mesh of H100s.
       max_ctas: most thread blocks a rank may launch, from 8; 0 for all that fit.
       absent_rank: a rank that is not launched, so that the others wait for it; -1 for none.
       local_ranks: the ranks that this process holds, in the order of the partial sums' first axis,

@@ -268,7 +268,8 @@ def test_slow_producer_and_early_consumer(where, built, options, algorithm):
     it has written anything, and XLA starts the kernel behind as soon as the tail lets it. One rank
     is slower than another. Other data in every run, as above."""
     tokens = TOKENS
-    while decision.choose_algorithm(where.ranks, 2 * tokens * FEATURES) != algorithm:
+    kind = decision.device_kind(decision.client_of(where.mesh) if where.mesh else None)
+    while decision.choose_algorithm(where.ranks, 2 * tokens * FEATURES, kind=kind) != algorithm:
         tokens *= 2
     layer = make_layers(where)[0]
     rng = np.random.default_rng(0)

@@ -359,7 +359,7 @@ def test_peers_whose_memory_cannot_be_mapped(built, require_gpus):
     first, second = run_job(without_ipc)
     assert first == second
     assert first[0] == "True"
-    assert "ok=False" in first[1]
+    assert "FallbackCode.CUDA_IPC" in first[1]
     assert "process 1 cannot map" in first[1]
 
 

@@ -207,10 +207,21 @@ def test_reasons_that_follow_from_another_are_left_out(nvlinked, monkeypatch):
         lacking = dataclasses.replace(FACTS, built=built, nvlinked=0, visible_gpus=0)
         gathered(monkeypatch, FACTS, lacking)
         assert codes(decide(client=FakeClient((0, 0, 1, 1)))) == [code]
+    gathered(monkeypatch, FACTS, dataclasses.replace(FACTS, built=0, visible_gpus=0))
+    flashinfer = decide(client=FakeClient((0, 0, 1, 1)), implementation="flashinfer")
+    assert codes(flashinfer) == ["not_built"]  # of this library's kernels, which look at the GPUs
     monkeypatch.setenv(processes.DISABLE_VARIABLE, "1")
     monkeypatch.setattr(processes, "_gathered", None)
     one = jax.sharding.AbstractMesh((1,), ("tp",))
     assert codes(decide((0, 640), mesh=one)) == ["switched_off", "one_rank", "no_tokens"]
+
+
+def test_processes_compare_the_limits_of_one_shot(monkeypatch, tmp_path):
+    """The file can be rewritten, and ranks with other limits would choose another algorithm."""
+    version = processes.own_facts().version
+    monkeypatch.setattr(processes, "THRESHOLDS", tmp_path / "limits.json")
+    processes.THRESHOLDS.write_text("{}")
+    assert processes.own_facts().version != version
 
 
 def test_no_nvlink(nvlinked):

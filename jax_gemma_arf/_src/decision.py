@@ -38,16 +38,13 @@ from jax_gemma_arf._src.operands import (
     MAX_ONE_SHOT_BYTES,
     MAX_WIDTH,
     MIN_WIDTH,
+    THRESHOLDS,
     WIDTH_MULTIPLE,
     Operation,
     branches_of,
 )
 
-#: Limits of one-shot by device kind and number of ranks, in bytes of partial sums on one rank, and
-#: how they were measured. bench/op.py --write-thresholds writes the file. One-shot pushes
-#: N - 1 messages and waits once; two-shot pushes 2 (N - 1) / N and waits twice.
-THRESHOLDS = Path(__file__).with_name("one_shot_max_bytes.json")
-#: The device kind whose limits hold where a kind has none for a number of ranks.
+#: The device kind whose limits apply to kinds that have no entry for the number of ranks.
 DEFAULT_KIND = "NVIDIA H100 80GB HBM3"
 #: FlashInfer's limits by ranks, by the rule of its own Python side for bfloat16 (trtllm_ar): up to
 #: 512, 64 and 42 MiB in 2 N messages.
@@ -80,7 +77,8 @@ class FallbackCode(enum.StrEnum):
       COMPUTE_CAPABILITY: there is no code for the devices.
       MIXED_DEVICES: the devices are of several kinds.
       NOT_INITIALIZED: initialize() was not called in a job of several processes.
-      VERSIONS: the processes run different versions of jax_gemma_arf.
+      VERSIONS: the processes run different versions of jax_gemma_arf, or have other limits of
+        one-shot.
       NO_VISIBLE_GPU: the extension's CUDA runtime finds no GPU.
       HIDDEN_GPUS: a process does not see all of its host's GPUs in the job.
       NO_NVLINK: GPUs do not reach each other over NVLink.
@@ -122,7 +120,7 @@ class Objection(NamedTuple):
 
     Attributes:
       code: its kind.
-      reason: a sentence with what to change.
+      reason: a sentence that says what does not hold, and what to change where the caller can.
     """
 
     code: FallbackCode
@@ -160,7 +158,7 @@ class Support:
 
     @property
     def deliberate(self) -> bool:
-        """True if psum is the right choice, as there is nothing to reduce or it is switched off."""
+        """True if psum is the right choice: nothing to reduce, or the kernel is switched off."""
         return any(objection.code in DELIBERATE for objection in self.objections)
 
     def __bool__(self) -> bool:
@@ -242,7 +240,7 @@ def fusion_support(
     manual_axes: AxisName | AbstractSet[str] | None = None,
     implementation: str | None = None,
 ) -> Support:
-    """Why a fused operation will or will not run as the kernel.
+    """Returns whether a fused operation will run as the kernel, and all reasons why not.
 
     Args:
       x_shape: [..., D], the shape of x (or dense, or experts) on one rank, as inside the
@@ -260,9 +258,9 @@ def fusion_support(
       A Support, true if the kernel will run; otherwise with all reasons why not.
 
     Raises:
-      ValueError: if axis_name does not name axes of the mesh, manual_axes does not or lacks one of
-        axis_name, x_shape has no last axis or a negative size, or op or implementation is none of
-        these.
+      ValueError: if axis_name or manual_axes does not name axes of the mesh, if manual_axes lacks
+        an axis of axis_name, if x_shape has no last axis or a negative size, or if op or
+        implementation is unknown.
       TypeError: if a size is neither an integer nor one of jax.export's symbolic dimensions.
 
     Example:
@@ -333,9 +331,7 @@ def decide(
     """:func:`fusion_support`, as the lowering asks it.
 
     Args:
-      x_shape: as there.
-      dtype: as there.
-      mesh: as there.
+      x_shape, dtype, mesh: as in fusion_support.
       names: the axes of tensor parallelism.
       client: the JAX client whose devices will run the call; None if there is none, as when
         lowering for CUDA on a machine without it: then the devices are not checked.
@@ -483,18 +479,19 @@ def _process_objections(
         return
     for index, process in enumerate(known):
         where = f" (process {index})" if len(known) > 1 else ""
-        if not (process.flashinfer if implementation == "flashinfer" else process.built):
-            missing = extension.why_missing(implementation)
-            yield Objection(
-                FallbackCode.NOT_BUILT, (missing or "the extension was not built") + where
-            )
+        built = {"cuda": process.built, "flashinfer": process.flashinfer}
+        for name in dict.fromkeys((implementation, "cuda")):
+            if not built[name]:
+                missing = extension.why_missing(name) or "the extension was not built"
+                yield Objection(FallbackCode.NOT_BUILT, missing + where)
         if process.version != known[0].version:
             yield Objection(
                 FallbackCode.VERSIONS,
-                f"process {index} runs another version of jax_gemma_arf than process 0",
+                f"process {index} runs another version of jax_gemma_arf, or has other limits of "
+                "one-shot, than process 0",
             )
         if not process.built:
-            continue  # it is the extension that looks at the GPUs
+            continue  # _ffi looks at the GPUs, also for FlashInfer's kernels
         needed = sum(known[owner].host == process.host for owner in owners)
         if not process.visible_gpus:
             yield Objection(
@@ -538,7 +535,8 @@ def _by_group(
     """facts of the client's devices, in their order, by replica group.
 
     A lowering does not know its devices. An abstract mesh is taken to lie on the client's, in their
-    order; if it does not, the ranks find out when they meet, and all raise an error.
+    order; if it does not, the ranks detect it when they exchange workspace handles, and all raise
+    an error.
     """
     devices = client.devices()  # type: ignore[attr-defined]
     if isinstance(mesh, jax.sharding.Mesh):

@@ -37,8 +37,8 @@ def workspace_bytes(
       mesh: the mesh. The limit of one-shot depends on its device kind; an AbstractMesh, which has
         none, is taken to consist of H100s.
       axis_name: the mesh axis (or axes) of tensor parallelism.
-      op: the operation with the most partial sums that the model calls: "fused_moe_tail" counts the
-        operations with one partial sum as well.
+      op: of the operations that the model calls, the one that reduces the most partial sums.
+        "fused_moe_tail" includes the workspaces of operations with one partial sum.
 
     Raises:
       ValueError: if max_tokens or width is not positive, if op is no operation, if axis_name does

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -19,6 +20,11 @@ WIDTH_MULTIPLE, MIN_WIDTH, MAX_WIDTH = 64, 256, 16384
 MAX_NEXT_NORMS = 3
 MAX_MESSAGE_BYTES = 256 << 20
 MAX_ONE_SHOT_BYTES = 64 << 20
+
+#: Limits of one-shot by device kind and number of ranks, in bytes of partial sums on one rank, and
+#: how they were measured. bench/op.py --write-thresholds writes the file. One-shot pushes N - 1
+#: messages and waits once; two-shot pushes 2 (N - 1) / N and waits twice.
+THRESHOLDS = Path(__file__).with_name("one_shot_max_bytes.json")
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 Implementation = Literal["cuda", "flashinfer", "xla"]

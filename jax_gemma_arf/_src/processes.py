@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_gemma_arf._src import extension
+from jax_gemma_arf._src.operands import THRESHOLDS
 from jax_gemma_arf._version import __version__
 
 #: Set to 1 to run everything as psum; with several processes, in any of them, before initialize().
@@ -28,7 +29,7 @@ class ProcessFacts:
     """Facts of one process. All are numbers, to be gathered as an array."""
 
     host: int  # the same for processes that run under one kernel
-    version: int  # checksum of the package's
+    version: int  # checksum of the package's, and of the limits of one-shot
     built: int
     flashinfer: int  # whether FlashInfer's kernels were built, too
     nvlinked: int  # whether all GPUs it sees reach each other over NVLink
@@ -126,7 +127,7 @@ def own_facts() -> ProcessFacts:
     peers = extension.nvlink_peers()
     return ProcessFacts(
         host=_checksum(_boot_id()),
-        version=_checksum(__version__),
+        version=_checksum(__version__ + THRESHOLDS.read_text()),
         built=extension.load() is not None,
         flashinfer=extension.load("flashinfer") is not None,
         nvlinked=bool(peers) and all(all(row) for row in peers),

@@ -150,7 +150,7 @@ def row_parallel_moe_tail(
       eps, scale_offset, implementation: as in fused_post_ff.
 
     Returns:
-      As row_parallel_post_ff.
+      hidden, or (hidden, normed) with next_norm_scale, as row_parallel_post_ff returns them.
 
     Raises:
       ValueError, TypeError: as row_parallel_post_ff.
@@ -236,7 +236,7 @@ def down_proj_post_ff(
       eps, scale_offset, implementation: as in fused_post_ff.
 
     Returns:
-      As row_parallel_post_ff.
+      hidden, or (hidden, normed) with next_norm_scale, as row_parallel_post_ff returns them.
 
     Raises:
       ValueError, TypeError: at trace time, as row_parallel_post_ff.
