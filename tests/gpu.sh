@@ -27,7 +27,7 @@ has_flashinfer() { python3 -P -c "import jax_gemma_arf._flashinfer" 2> /dev/null
 
 run_report() { step 60 python3 -P -m jax_gemma_arf; }  # -P: the installed package, not this tree
 run_test() {  # in processes of their own: loopback fills a GPU with the workspaces of all ranks
-  step 600 pytest -q -k loopback tests
+  step 1800 pytest -q -k loopback tests  # 1750 tests, each compiled for itself
   step 600 pytest -q -k multi_gpu tests
   JAX_GEMMA_ARF_RECORD=0 step 600 pytest -q -k "multi_gpu or neighbours" tests
 }
