@@ -132,15 +132,19 @@ OPERANDS = {
 }
 
 
+def returned(results: State) -> Any:
+    """Returns (hidden, *normed) as a public operation does: hidden alone without next norms."""
+    hidden, *normed = results
+    return results if normed else hidden
+
+
 def oracle(op: str) -> Callable[..., Any]:
     """The library's own definition of a fused operation, for the partial sums of all ranks."""
 
     def call(*arrays, **scales):
         operands = OPERANDS[op](*arrays, **scales)
         rows = tuple(jnp.broadcast_to(common.rank_sum(x), x.shape) for x in operands.partial_sums)
-        results = tail(operands._replace(partial_sums=rows), eps=1e-6, scale_offset=0.0)
-        hidden, *normed = results
-        return results if normed else hidden
+        return returned(tail(operands._replace(partial_sums=rows), eps=1e-6, scale_offset=0.0))
 
     return call
 
@@ -164,9 +168,7 @@ def loopback_call(
 ):
     """A fused operation with the partial sums of all ranks, [N, tokens, D], on one GPU."""
     options = {"algorithm": algorithm, "implementation": implementation}
-    results = loopback_tail(OPERANDS[op](*arrays, **scales), **options)
-    hidden, *normed = results
-    return results if normed else hidden
+    return returned(loopback_tail(OPERANDS[op](*arrays, **scales), **options))
 
 
 class Config(NamedTuple):

@@ -18,11 +18,10 @@ from typing import Any
 import common
 import report
 
-from jax_gemma_arf._src import decision
-from jax_gemma_arf._src.operands import BRANCHES
+from jax_gemma_arf._src.operands import BRANCHES, THRESHOLDS
 
 #: Of this checkout, which an installed package may not be.
-FILE = common.REPOSITORY / "jax_gemma_arf" / "_src" / decision.THRESHOLDS.name
+FILE = common.REPOSITORY / "jax_gemma_arf" / "_src" / THRESHOLDS.name
 
 
 def one_shot_max_bytes(record: report.Record) -> int:

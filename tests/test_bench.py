@@ -28,7 +28,7 @@ import tunix_gemma
 import xplane
 
 from helpers import children
-from jax_gemma_arf._src import decision
+from jax_gemma_arf._src import operands
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -464,7 +464,7 @@ def test_thresholds_of_a_record(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["thresholds.py", str(path)])
     monkeypatch.setattr(thresholds.write, "__defaults__", (file,))
     thresholds.main()
-    before, after = map(decision.read_thresholds, (thresholds.FILE, file))
+    before, after = map(operands.read_thresholds, (thresholds.FILE, file))
     assert after == before | {("H200", 2): 2 * 64 * 640}
     measured = json.loads(file.read_text())["H200"]["2"]["measured"]
     assert measured == machine | {"record": "op-2xH200", "created": "2026-01-01"}

@@ -21,6 +21,7 @@ from jax_gemma_arf._src.operands import (
     AXIS_SIZES,
     MAX_MESSAGE_BYTES,
     MAX_ONE_SHOT_BYTES,
+    THRESHOLDS,
     Operation,
 )
 
@@ -216,11 +217,11 @@ def test_reasons_that_follow_from_another_are_left_out(nvlinked, monkeypatch):
     assert codes(decide((0, 640), mesh=one)) == ["switched_off", "one_rank", "no_tokens"]
 
 
-def test_processes_compare_the_limits_of_one_shot(monkeypatch, tmp_path):
-    """The file can be rewritten, and ranks with other limits would choose another algorithm."""
+def test_processes_compare_the_limits_of_one_shot(monkeypatch):
+    """Their file can be rewritten, and ranks with other limits would choose another algorithm."""
     version = processes.own_facts().version
-    monkeypatch.setattr(processes, "THRESHOLDS", tmp_path / "limits.json")
-    processes.THRESHOLDS.write_text("{}")
+    limits = processes.ONE_SHOT_MAX_BYTES | {("another", 2): 1 << 20}
+    monkeypatch.setattr(processes, "ONE_SHOT_MAX_BYTES", limits)
     assert processes.own_facts().version != version
 
 
@@ -354,7 +355,7 @@ def test_algorithm_rule(ranks):
 def measured(monkeypatch):
     """Thresholds in which two of another device have been measured."""
     table = {("H200", 2): 1 << 20, ("H200", 4): 128 << 20}
-    monkeypatch.setattr(decision, "_thresholds", decision._thresholds | table)
+    monkeypatch.setattr(decision, "ONE_SHOT_MAX_BYTES", decision.ONE_SHOT_MAX_BYTES | table)
 
 
 def test_thresholds_by_device_kind(nvlinked, measured):
@@ -374,7 +375,7 @@ def test_file_of_thresholds():
     """Gives H100's limits; an entry that was not measured says where it is from."""
     limits = {ranks: decision.one_shot_max_bytes(ranks) for ranks in AXIS_SIZES}
     assert limits == {2: 2 << 20, 4: 384 << 10, 8: 128 << 10}
-    for kind in json.loads(decision.THRESHOLDS.read_text()).values():
+    for kind in json.loads(THRESHOLDS.read_text()).values():
         assert {int(ranks) for ranks in kind} <= set(AXIS_SIZES)
         for entry in kind.values():
             assert 0 < entry["bytes"] <= MAX_ONE_SHOT_BYTES

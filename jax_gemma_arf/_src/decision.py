@@ -9,12 +9,10 @@ client, not only the devices of the mesh.
 import dataclasses
 import enum
 import functools
-import json
 import math
 import operator
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +36,7 @@ from jax_gemma_arf._src.operands import (
     MAX_ONE_SHOT_BYTES,
     MAX_WIDTH,
     MIN_WIDTH,
-    THRESHOLDS,
+    ONE_SHOT_MAX_BYTES,
     WIDTH_MULTIPLE,
     Operation,
     branches_of,
@@ -188,24 +186,12 @@ def device_facts(client: object) -> DeviceFacts:
     )
 
 
-def read_thresholds(path: Path) -> dict[tuple[str, int], int]:
-    """Returns the bytes in a file of thresholds, by device kind and number of ranks."""
-    return {
-        (kind, int(ranks)): entry["bytes"]
-        for kind, entries in json.loads(path.read_text()).items()
-        for ranks, entry in entries.items()
-    }
-
-
-_thresholds = read_thresholds(THRESHOLDS)
-
-
 def one_shot_max_bytes(ranks: int, implementation: str = "cuda", kind: str = DEFAULT_KIND) -> int:
     """Returns the bytes of partial sums on one rank up to which one-shot is used."""
     if implementation == "flashinfer":
         limit = FLASHINFER_ONE_SHOT_MAX_BYTES[ranks]
     else:
-        limit = _thresholds.get((kind, ranks), _thresholds[DEFAULT_KIND, ranks])
+        limit = ONE_SHOT_MAX_BYTES.get((kind, ranks), ONE_SHOT_MAX_BYTES[DEFAULT_KIND, ranks])
     return min(limit, MAX_ONE_SHOT_BYTES)
 
 

@@ -1,6 +1,7 @@
 """The operands of a fused operation: their type, their limits, and the checks of a call."""
 
 import dataclasses
+import json
 import math
 import numbers
 from pathlib import Path
@@ -21,10 +22,23 @@ MAX_NEXT_NORMS = 3
 MAX_MESSAGE_BYTES = 256 << 20
 MAX_ONE_SHOT_BYTES = 64 << 20
 
-#: Limits of one-shot by device kind and number of ranks, in bytes of partial sums on one rank, and
-#: how they were measured. bench/op.py --write-thresholds writes the file. One-shot pushes N - 1
-#: messages and waits once; two-shot pushes 2 (N - 1) / N and waits twice.
+#: Limits of one-shot, and how they were measured; bench/op.py --write-thresholds writes the file.
 THRESHOLDS = Path(__file__).with_name("one_shot_max_bytes.json")
+
+
+def read_thresholds(path: Path) -> dict[tuple[str, int], int]:
+    """Returns the bytes in a file of thresholds, by device kind and number of ranks."""
+    return {
+        (kind, int(ranks)): entry["bytes"]
+        for kind, entries in json.loads(path.read_text()).items()
+        for ranks, entry in entries.items()
+    }
+
+
+#: Bytes of partial sums on one rank up to which one-shot is used, by device kind and number of
+#: ranks. One-shot pushes N - 1 messages and waits once; two-shot pushes 2 (N - 1) / N and waits
+#: twice.
+ONE_SHOT_MAX_BYTES = read_thresholds(THRESHOLDS)
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 Implementation = Literal["cuda", "flashinfer", "xla"]

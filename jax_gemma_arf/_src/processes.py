@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_gemma_arf._src import extension
-from jax_gemma_arf._src.operands import THRESHOLDS
+from jax_gemma_arf._src.operands import ONE_SHOT_MAX_BYTES
 from jax_gemma_arf._version import __version__
 
 #: Set to 1 to run everything as psum; with several processes, in any of them, before initialize().
@@ -127,7 +127,7 @@ def own_facts() -> ProcessFacts:
     peers = extension.nvlink_peers()
     return ProcessFacts(
         host=_checksum(_boot_id()),
-        version=_checksum(__version__ + THRESHOLDS.read_text()),
+        version=_checksum(f"{__version__} {sorted(ONE_SHOT_MAX_BYTES.items())}"),
         built=extension.load() is not None,
         flashinfer=extension.load("flashinfer") is not None,
         nvlinked=bool(peers) and all(all(row) for row in peers),
