@@ -44,8 +44,8 @@ def lookup(table: jax.Array, ids: jax.Array, *, axis_name: AxisName) -> jax.Arra
 def _by_gathering(table: jax.Array, ids: jax.Array, axis_name: AxisName) -> jax.Array:
     """Each rank sends the row that it would have if it were the holder; the holder's is taken.
 
-    XLA writes a rank's index (partition-id) with a memset. In a CUDA graph on several GPUs that
-    costs the kernels of the whole step their overlap: 248 us of E2B's 2483.
+    With a rank's index (XLA's partition-id) in a step's CUDA graph, none of its kernels overlap:
+    248 us of E2B's 2483 (docs/design.md, Overlap).
     """
     holder, row = jnp.divmod(ids, table.shape[0])
     found = jax.lax.all_gather(table[row], axis_name, to="invarying")
@@ -53,5 +53,5 @@ def _by_gathering(table: jax.Array, ids: jax.Array, axis_name: AxisName) -> jax.
 
 
 def _like_rows(of_ids: jax.Array, table: jax.Array) -> jax.Array:
-    """Appends axes of size 1 to an array [*ids.shape], for those of the rows."""
+    """Appends an axis of size 1 to an array [*ids.shape] for each axis of a row."""
     return jnp.expand_dims(of_ids, range(of_ids.ndim, of_ids.ndim + table.ndim - 1))
