@@ -539,9 +539,10 @@ class Run:
 
 
 def profiled(run: Run, steps: int) -> dict[str, Any]:
-    """Kernels and profiled microseconds of a step, and the share of each class of kernels.
+    """Kernels and profiled microseconds of a step, and the shares of classes and of overlap.
 
-    The shares add up to 1, the time from the first kernel to the last on one device. Returns {} if
+    overlap is the share of kernels that start early (xplane.overlap). The shares of the classes add
+    up to 1, the time from the first kernel to the last on one device. Returns {} if
     the trace has no GPU.
     """
     trace = xplane.traced(run)
@@ -553,6 +554,7 @@ def profiled(run: Run, steps: int) -> dict[str, Any]:
     return {
         "kernels": len(trace[device]) / steps,
         "profiled_us": total / steps,
+        "overlap": xplane.overlap(trace[device]),
         "shares": {kind: time / total for kind, time in times.items()},
     }
 

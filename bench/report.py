@@ -317,17 +317,19 @@ def _floor(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _shares(rows: Sequence[dict[str, Any]]) -> str:
-    """Table of kernels a step and the share of each class."""
+    """Table of kernels a step, the share of each class, and how many overlap."""
     cells = [
         [
             f"{row['implementation']}, batch {row['batch']}",
             f"{row['kernels']:.0f}",
             f"{row['profiled_us']:.0f}",
             *(f"{row['shares'][kind]:.0%}" for kind in xplane.ORDER),
+            f"{row['overlap']:.0%}" if "overlap" in row else "",
         ]
         for row in rows
     ]
-    return common.table(["", "kernels a step", "us a step, profiled", *xplane.ORDER], cells)
+    head = ["", "kernels a step", "us a step, profiled", *xplane.ORDER, "kernels that overlap"]
+    return common.table(head, cells)
 
 
 def _rate(timing: Timing | None, tokens: int) -> str:
