@@ -38,7 +38,7 @@ def split(sizes, names, cpus):
     mesh = make_mesh(sizes, names, cpus[: np.prod(sizes)])
     find = functools.partial(vocabulary.lookup, axis_name=names)
     find = jax.shard_map(find, mesh=mesh, in_specs=(P(names), P()), out_specs=P())
-    return jax.jit(lambda table: find(table, IDS))
+    return jax.jit(lambda table: find(table, jnp.asarray(IDS)))
 
 
 @pytest.mark.parametrize(
