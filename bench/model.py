@@ -542,8 +542,8 @@ def profiled(run: Run, steps: int) -> dict[str, Any]:
     """Kernels and profiled microseconds of a step, and the shares of classes and of overlap.
 
     overlap is the share of kernels that start early (xplane.overlap). The shares of the classes add
-    up to 1, the time from the first kernel to the last on one device. Returns {} if
-    the trace has no GPU.
+    up to 1, the time from the first kernel to the last on one device. Returns {} if the trace has
+    no GPU.
     """
     trace = xplane.traced(run)
     if not trace:

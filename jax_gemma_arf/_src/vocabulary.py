@@ -2,10 +2,9 @@
 
 Megatron-LM's vocabulary parallelism (arXiv:1909.08053, section 3): a rank looks up the rows that it
 holds and puts zeros for the others, and one all-reduce of the rows found completes the lookup. The
-few rows of a decode step are gathered instead, since then no rank needs its own index.
+few rows of a decode step are gathered instead: each rank sends the row that it would have if it
+were the holder, the holder's is taken, and no rank needs its own index.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -32,26 +31,13 @@ def lookup(table: jax.Array, ids: jax.Array, *, axis_name: AxisName) -> jax.Arra
     rows, ranks = table.shape[0], jax.lax.axis_size(axis_name)
     vocabulary = rows * ranks
     ids = jnp.clip(jnp.where(ids < 0, ids + vocabulary, ids), 0, vocabulary - 1)
-    row_bytes = math.prod(table.shape[1:]) * table.dtype.itemsize
-    if ranks * ids.size * row_bytes <= GATHER_MAX_BYTES:
-        return _by_gathering(table, ids, axis_name)
-    local = ids - jax.lax.axis_index(axis_name) * rows
-    held = _like_rows((local >= 0) & (local < rows), table)
-    found = table[jnp.clip(local, 0, rows - 1)]
+    holder, row = jnp.divmod(ids, rows)
+    holder = jnp.expand_dims(holder, range(ids.ndim, ids.ndim + table.ndim - 1))
+    found = table[row]
+    if ranks * found.nbytes <= GATHER_MAX_BYTES:
+        # With a rank's index (XLA's partition-id) in a step's CUDA graph, none of its kernels
+        # overlap: 248 us of E2B's 2483 (docs/design.md, Overlap).
+        candidates = jax.lax.all_gather(found, axis_name, to="invarying")
+        return jnp.take_along_axis(candidates, holder[None], axis=0, mode="clip")[0]
+    held = holder == jax.lax.axis_index(axis_name)
     return jax.lax.psum(jnp.where(held, found, jnp.zeros((), table.dtype)), axis_name)
-
-
-def _by_gathering(table: jax.Array, ids: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Each rank sends the row that it would have if it were the holder; the holder's is taken.
-
-    With a rank's index (XLA's partition-id) in a step's CUDA graph, none of its kernels overlap:
-    248 us of E2B's 2483 (docs/design.md, Overlap).
-    """
-    holder, row = jnp.divmod(ids, table.shape[0])
-    found = jax.lax.all_gather(table[row], axis_name, to="invarying")
-    return jnp.take_along_axis(found, _like_rows(holder, table)[None], axis=0, mode="clip")[0]
-
-
-def _like_rows(of_ids: jax.Array, table: jax.Array) -> jax.Array:
-    """Appends an axis of size 1 to an array [*ids.shape] for each axis of a row."""
-    return jnp.expand_dims(of_ids, range(of_ids.ndim, of_ids.ndim + table.ndim - 1))
