@@ -60,6 +60,14 @@ def test_cached_decode(variant, ranks):
     assert off(logits[:, -sizes.DECODED :], transformers()[f"{variant}_decoded"]) < TOLERANCE
 
 
+@all_variants
+def test_cached_decode_of_one_sequence(variant):
+    """Its blocks run two equal rows, or sums in place of matmuls."""
+    model, params = sharded(gemma_models.official(variant), gemma_models.params(variant), 2)
+    logits = gemma_models.cached_logits(model, params, batch=1)
+    assert off(logits, run(variant, 0, cached=True)[:1]) < TOLERANCE
+
+
 @all_ranks
 @pytest.mark.parametrize(
     ("variant", "blocks"),

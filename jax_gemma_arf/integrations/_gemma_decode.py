@@ -1,4 +1,4 @@
-"""Decode attention of google-deepmind/gemma, written for the kernels that XLA makes of it.
+"""A decode step of google-deepmind/gemma's blocks, written for the kernels that XLA makes of it.
 
 The official modules compute the same and stay the definition (tests/test_gemma_parity.py). Compiled
 for GPUs, a step of theirs has about twice as many kernels: each head projection is normed, rotated
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from gemma.gm.math import _positional_embeddings
 from gemma.gm.nn.gemma4 import _modules as _gemma4_modules
 
@@ -28,6 +29,7 @@ def attend(
     cache: Cache,
     mask: jax.Array,
     shared: Cache | None,
+    one: jax.Array,
 ) -> tuple[Cache, jax.Array]:
     """Computes one decode step of an official attention module.
 
@@ -39,6 +41,7 @@ def attend(
       cache: this layer's cache.
       mask: [B, 1, S], which cached tokens may be attended to.
       shared: the updated cache of the layer whose keys and values this one uses, or None.
+      one: 1, from :func:`opaque_one`, the same array for all layers.
 
     Returns:
       The updated cache, and this rank's partial sums of the output, with as many rows as x. With
@@ -68,25 +71,49 @@ def attend(
     encoded = encoded.reshape(batch, 1, -1, encoded.shape[-1])
     encoded = jnp.broadcast_to(encoded, (len(x), *encoded.shape[1:]))
     out = jnp.einsum("BTNH,NHD->BTD", encoded, params["attn_vec_einsum"]["w"])
-    return cache | {"end_index": cache["end_index"] + 1}, out
+    return cache | {"end_index": cache["end_index"] + one}, out
+
+
+def feed_forward(x: jax.Array, gating_einsum: jax.Array, linear: jax.Array) -> jax.Array:
+    """Computes the official feed-forward of one token.
+
+    Args:
+      x: [2, 1, D], the normed input, twice.
+      gating_einsum: [2, H, D], gate and up projection at this rank's number of hidden units.
+      linear: [H, D], down-projection.
+
+    Returns:
+      [2, 1, D], this rank's partial sums of the output.
+    """
+    # Written as a sum, which reads the weight at the full memory bandwidth; a matmul does not.
+    products = x[0].astype(jnp.float32) * gating_einsum.astype(jnp.float32)
+    gate, up = jnp.sum(products, axis=-1).astype(x.dtype)
+    activations = jnp.broadcast_to(nn.gelu(gate) * up, (len(x), 1, len(up)))
+    return jnp.einsum("BTH,HD->BTD", activations, linear)
+
+
+def opaque_one(array: jax.Array) -> jax.Array:
+    """Returns 1, computed from an array of several elements, for the lengths of all caches.
+
+    In every step each layer adds one to the length of its cache. XLA fuses kernels that have an
+    operand in common, but neither a constant nor a scalar counts. The array does, so all additions
+    become one kernel.
+    """
+    return (array[0] > 0).astype(jnp.int32) | 1
 
 
 def _project_gemma4(attention, params, x, positions, query_only):
     """Returns query, key and value, [B, 1, heads, H] each: all normed, the first two rotated."""
     batch = len(positions)
-    w = params["q_einsum"]["w"]
+    query = _project_heads(x, params["q_einsum"]["w"])[:batch]
     if query_only:
-        # Without keys and values to merge this matmul with, XLA would transpose its weight in
-        # memory in every step, unless it is a batch of one matmul for each head.
-        query = jnp.einsum("NBTD,NDH->BTNH", jnp.broadcast_to(x, (len(w), *x.shape)), w)[:batch]
-        query = _norm_heads([query], [_scale(params, "query_norm", w)])
+        query = _norm_heads([query], [_scale(params, "query_norm", query)])
         return _rotate(attention, query, positions), None, None
-    query = jnp.einsum("BTD,NDH->BTNH", x, w)[:batch]
     if attention.k_eq_v:
-        key = value = jnp.einsum("BTD,KDH->BTKH", x, params["k_einsum"]["w"])[:batch]
+        key = value = _project_heads(x, params["k_einsum"]["w"])[:batch]
     else:
-        key, value = jnp.einsum("BTD,CKDH->CBTKH", x, params["kv_einsum"]["w"])[:, :batch]
-    scales = [_scale(params, name, w) for name in ("query_norm", "key_norm", "value_norm")]
+        key, value = jnp.split(_project_heads(x, params["kv_einsum"]["w"])[:batch], 2, axis=2)
+    scales = [_scale(params, name, query) for name in ("query_norm", "key_norm", "value_norm")]
     heads = _norm_heads([query, key, value], scales)
     rotated, value = jnp.split(heads, [query.shape[2] + key.shape[2]], axis=2)
     query, key = jnp.split(_rotate(attention, rotated, positions), [query.shape[2]], axis=2)
@@ -98,10 +125,11 @@ def _project_gemma3(attention, params, x, positions, query_only):
     del query_only  # no layer shares keys and values
     batch = len(positions)
     if attention.use_qkv_einsum:
-        query, key, value = jnp.einsum("BTD,SNDH->SBTNH", x, params["qkv_einsum"]["w"])[:, :batch]
+        heads = _project_heads(x, params["qkv_einsum"]["w"])[:batch]
+        query, key, value = jnp.split(heads, 3, axis=2)
     else:
-        query = jnp.einsum("BTD,NDH->BTNH", x, params["q_einsum"]["w"])[:batch]
-        key, value = jnp.einsum("BTD,CKDH->CBTKH", x, params["kv_einsum"]["w"])[:, :batch]
+        query = _project_heads(x, params["q_einsum"]["w"])[:batch]
+        key, value = jnp.split(_project_heads(x, params["kv_einsum"]["w"])[:batch], 2, axis=2)
     if attention.use_qk_norm:
         scales = [1 + _scale(params, name, query) for name in ("_query_norm", "_key_norm")]
         heads = _norm_heads([query, key], scales)
@@ -109,6 +137,16 @@ def _project_gemma3(attention, params, x, positions, query_only):
         heads = jnp.concatenate([query, key], axis=2)
     query, key = jnp.split(_rotate(attention, heads, positions), [query.shape[2]], axis=2)
     return query * attention.query_pre_attn_scalar, key, value
+
+
+def _project_heads(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Projects x, [B, T, D], to heads, [B, T, N, H], by w, [..., D, H], of N heads altogether.
+
+    As one matmul of all heads, XLA of jaxlib 0.12 would first bring D to the front of w: in memory,
+    in every step. So this is a batch of one matmul for each head.
+    """
+    w = w.reshape(-1, *w.shape[-2:])
+    return jnp.einsum("NBTD,NDH->BTNH", jnp.broadcast_to(x, (len(w), *x.shape)), w)
 
 
 def _scale(params, name: str, like: jax.Array) -> jax.Array:

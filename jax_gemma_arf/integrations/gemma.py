@@ -10,7 +10,8 @@ Everything else stays as it was: the parameter tree and its names, ``model.apply
 the official attention and feed-forward modules at this rank's number of heads and hidden units, so
 that both end in partial sums, for the fused operations to reduce. Where XLA compiles the official
 code badly for GPUs, an equivalent stands in: embedding and logits, which are split over the
-vocabulary, attention in a decode step (_gemma_decode.py), and the experts (_gemma_experts.py).
+vocabulary, attention and feed-forward in a decode step (_gemma_decode.py), and the experts
+(_gemma_experts.py).
 """
 
 import dataclasses
@@ -43,6 +44,8 @@ from jax_gemma_arf._src.vocabulary import lookup
 from jax_gemma_arf.integrations import _gemma_wrappers as wrappers
 from jax_gemma_arf.integrations import _mesh_modes
 from jax_gemma_arf.integrations._gemma_decode import attend as decode_attention
+from jax_gemma_arf.integrations._gemma_decode import feed_forward as decode_feed_forward
+from jax_gemma_arf.integrations._gemma_decode import opaque_one
 from jax_gemma_arf.integrations._gemma_experts import run_experts
 
 #: Releases of the package whose blocks were compared with those restated here.
@@ -596,6 +599,7 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
     # Else XLA would undo the repetition, and compute the inputs of each layer in that layer.
     h, per_layer_inputs = jax.lax.optimization_barrier((h, per_layer_inputs))
     normed = rmsnorm(h, next_scales[0], scale_offset=tail["scale_offset"])
+    one = opaque_one(next_scales[-1])
     for i, layer in enumerate(layers):
         name = f"layer_{i}"
         p = params[name]
@@ -607,7 +611,7 @@ def _run_blocks(params, inputs, cache, *, layers: list[_Layer], axis_name, **tai
         weights = _own_kv_heads(p["attn"], attention.num_kv_heads, axis_name)
         if tokens == 1 and layer_cache is not None and _is_plain(weights):
             layer_cache, attended = decode_attention(
-                attention, weights, normed, inputs.positions, layer_cache, mask, shared
+                attention, weights, normed, inputs.positions, layer_cache, mask, shared, one
             )
         else:
             layer_cache, attended = attention.apply(
@@ -654,7 +658,7 @@ def _dense_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail)
         next_norm_scale=p["pre_ffw_norm"]["scale"],
         **tail,
     )
-    partial_sums = layer.mlp.apply({"params": p["mlp"]}, normed)
+    partial_sums = _feed_forward(layer.mlp, p["mlp"], normed, batch)
     norm_scale, layer_scalar = p["post_ffw_norm"]["scale"], p.get("skip_scale")
     if per_layer_input is None:
         return fused_sandwich(
@@ -669,6 +673,14 @@ def _dense_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail)
     update = projection.apply({"params": p["per_layer_projection"]}, "...P,PD->...D", gated)
     h = (h + rmsnorm(update, p["post_per_layer_input_norm"]["scale"])) * layer_scalar
     return h, rmsnorm(h, next_scale)
+
+
+def _feed_forward(mlp, params, normed, batch):
+    """This rank's partial sums of a dense feed-forward."""
+    plain = params.keys() == {"gating_einsum", "linear"}  # not a wrapper's
+    if len(normed) > batch and plain and getattr(mlp, "transpose_gating_einsum", True):
+        return decode_feed_forward(normed, **params)
+    return mlp.apply({"params": params}, normed)
 
 
 def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
@@ -687,7 +699,7 @@ def _moe_half(layer, p, attended, h, batch, per_layer_input, next_scale, tail):
     with nn.intercept_methods(functools.partial(run_experts, batch)):
         experts = layer.experts.apply({"params": p["mlp"]}, experts_normed, **router_input)
     return fused_moe_tail(
-        layer.mlp.apply({"params": p["mlp2"]}, normed),
+        _feed_forward(layer.mlp, p["mlp2"], normed, batch),
         experts,
         h,
         p["skip_scale"],

@@ -2,16 +2,20 @@
 
     PYTHONPATH=tests:build/cuda_plugin python -P -m helpers.compile_gemma VARIANT...
 
-Prints a line of JSON for each program: the number of its fused calls, and its collectives, as pairs
-of operation and elements. What XLA makes of a lookup in a sharded table shows only in programs
-compiled for GPUs. Needs the CUDA plugin of JAX, which `make test` puts into build/cuda_plugin.
+Prints a line of JSON for each program: the number of its fused calls, its collectives, as pairs
+of operation and elements, and kernels that should not be there. What XLA makes of a lookup in a
+sharded table, or of a weight that it wants in another order, shows only in programs compiled for
+GPUs. Needs the CUDA plugin of JAX, which `make test` puts into build/cuda_plugin.
 """
 
 import concurrent.futures
 import functools
 import json
+import math
 import os
+import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,20 +50,34 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 CACHE_LENGTH = 32
 # Ranks, batch, whether the step is in a loop.
 PROGRAMS = ((2, 1, True), (2, 2, True), (2, 16, True), (2, 1, False), (4, 1, True))
+# The blocks of 31B: XLA treats small weights otherwise.
+WIDE = {
+    "embed_dim": 5376,
+    "hidden_dim": 21504,
+    "num_heads": 32,
+    "head_dim": 256,
+    "num_kv_heads": 16,
+    "global_key_size": 512,
+    "num_global_kv_heads": 4,
+}
 
 
-def compiled(variant: str, ranks: int, batch: int, loop: bool, official: bool = False) -> str:
+def compiled(
+    variant: str, ranks: int, batch: int, loop: bool, official: bool = False, wide: bool = False
+) -> str:
     """Returns the optimised HLO of one decode step, or of four in a loop.
 
     official: of the unmodified model with the same parameter shardings, and without a cache.
+    wide: with the sizes of 31B.
     """
     topology = topologies.get_topology_desc(
         platform="cuda", topology=f"1x1x{ranks}", target_config=TARGET
     )
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("tp",))
-    model = gemma_models.official(variant, dtype=jnp.bfloat16)
+    model = gemma_models.official(variant, dtype=jnp.bfloat16, **(WIDE if wide else {}))
     parallel = tensor_parallel(model, mesh)
-    shapes = gemma_models.shapes(variant)
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
     params = gemma_models.structs(shapes, param_shardings(parallel, shapes), jnp.bfloat16)
     whole = jax.NamedSharding(mesh, jax.P())
     token = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=whole)
@@ -96,9 +114,32 @@ def collectives(text: str) -> list[tuple[str, int]]:
     return [(found.kind, found.elements) for found in audit(text)]
 
 
+def step_of(text: str) -> str:
+    """Returns the computation that has the fused calls: the body of the loop, if there is one."""
+    return max(re.split(r"\n(?=%|ENTRY)", text), key=lambda part: part.count(TARGET_NAME))
+
+
+def length_kernels(text: str, batch: int) -> int:
+    """Returns how many kernels of a step write the length of one layer's cache alone."""
+    return len(re.findall(rf"= s32\[{batch}\]\S* fusion\(", step_of(text)))
+
+
+def large_results(text: str) -> list[str]:
+    """Returns the kernels of a step that write an array as large as a head's weight in 31B."""
+    results = r"%(\S+) = \(?\w+\[([\d,]*)\]\S* (?:fusion|copy|transpose)\("
+    written = re.findall(results, step_of(text))
+    head = WIDE["embed_dim"] * WIDE["head_dim"]
+    sizes = {name: math.prod(int(n) for n in dims.split(",") if n) for name, dims in written}
+    return [name for name, size in sizes.items() if size >= head]
+
+
 def main() -> None:
     variants = sys.argv[1:]
     rows = [
+        {"variant": "31B", "ranks": 2, "batch": batch, "loop": True, "wide": True}
+        for batch in (1, 2)
+    ]
+    rows += [
         {"variant": variant, "ranks": ranks, "batch": batch, "loop": loop, "official": official}
         for variant in variants
         for official, programs in ((False, PROGRAMS), (True, [(2, 1, True)]))
@@ -107,7 +148,9 @@ def main() -> None:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for row, text in zip(rows, pool.map(lambda row: compiled(**row), rows)):
             calls = text.count(f'custom_call_target="{TARGET_NAME}"')
-            found = {"calls": calls, "collectives": collectives(text)}
+            found: dict[str, Any] = {"calls": calls, "collectives": collectives(text)}
+            found |= {"large_results": large_results(text)}
+            found |= {"length_kernels": length_kernels(text, row["batch"])}
             print(json.dumps(row | found), flush=True)
 
 

@@ -154,13 +154,13 @@ def prefill(model, params) -> dict[str, np.ndarray]:
     }
 
 
-def cached_logits(model, params) -> np.ndarray:
+def cached_logits(model, params, batch: int = sizes.BATCH) -> np.ndarray:
     """Returns the logits of all tokens: a prefill, then the last DECODED tokens one by one."""
-    tokens = sizes.tokens()
+    tokens = sizes.tokens()[:batch]
     dtype = jax.tree.leaves(params)[0].dtype
     length = sizes.TOKENS + 3  # room that the mask leaves out
-    cache = model.init_cache(batch_size=sizes.BATCH, dtype=dtype, cache_length=length)
-    mask = np.broadcast_to(np.tri(sizes.TOKENS, length) > 0, (sizes.BATCH, sizes.TOKENS, length))
+    cache = model.init_cache(batch_size=batch, dtype=dtype, cache_length=length)
+    mask = np.broadcast_to(np.tri(sizes.TOKENS, length) > 0, (batch, sizes.TOKENS, length))
     positions = np.broadcast_to(np.arange(sizes.TOKENS, dtype=np.int32), tokens.shape)
     logits, start = [], 0
     for stop in range(sizes.TOKENS - sizes.DECODED, sizes.TOKENS + 1):
