@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from gemma.gm.math import _positional_embeddings
 from gemma.gm.nn.gemma4 import _modules as _gemma4_modules
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jax_gemma_arf._src.reference import rmsnorm
 
@@ -143,10 +144,13 @@ def _project_heads(x: jax.Array, w: jax.Array) -> jax.Array:
     """Projects x, [B, T, D], to heads, [B, T, N, H], by w, [..., D, H], of N heads altogether.
 
     As one matmul of all heads, XLA of jaxlib 0.12 would first bring D to the front of w: in memory,
-    in every step. So this is a batch of one matmul for each head.
+    in every step. So this is a batch of one matmul for each head. Its result gets the default
+    layout, since the norms of two tokens or more would otherwise run over an axis that is not the
+    minor one.
     """
     w = w.reshape(-1, *w.shape[-2:])
-    return jnp.einsum("NBTD,NDH->BTNH", jnp.broadcast_to(x, (len(w), *x.shape)), w)
+    heads = jnp.einsum("NBTD,NDH->BTNH", jnp.broadcast_to(x, (len(w), *x.shape)), w)
+    return with_layout_constraint(heads, Layout(major_to_minor=(0, 1, 2, 3)))
 
 
 def _scale(params, name: str, like: jax.Array) -> jax.Array:
