@@ -3,7 +3,7 @@
 Megatron-LM's vocabulary parallelism (arXiv:1909.08053, section 3): a rank looks up the rows that it
 holds and puts zeros for the others, and one all-reduce of the rows found completes the lookup. The
 few rows of a decode step are gathered instead: each rank sends the row that it would have if it
-were the holder, the holder's is taken, and no rank needs its own index.
+were the holder, and the holder's is taken.
 """
 
 import jax
@@ -35,8 +35,8 @@ def lookup(table: jax.Array, ids: jax.Array, *, axis_name: AxisName) -> jax.Arra
     holder = jnp.expand_dims(holder, range(ids.ndim, ids.ndim + table.ndim - 1))
     found = table[row]
     if ranks * found.nbytes <= GATHER_MAX_BYTES:
-        # With a rank's index (XLA's partition-id) in a step's CUDA graph, none of its kernels
-        # overlap: 248 us of E2B's 2483 (docs/design.md, Overlap).
+        # For so small an all-reduce XLA has a kernel of its own, after which no program of the
+        # process overlaps its kernels: 248 us of E2B's 2483 (docs/design.md, Overlap).
         candidates = jax.lax.all_gather(found, axis_name, to="invarying")
         return jnp.take_along_axis(candidates, holder[None], axis=0, mode="clip")[0]
     held = holder == jax.lax.axis_index(axis_name)
