@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import model
 import numpy as np
 import op
+import overlap
 import profile_compare
 import pytest
 import report
@@ -145,6 +146,17 @@ def test_profile_compare(tmp_path, monkeypatch, capsys):
     comparison = json.loads(record.read_text())["comparison"]
     assert comparison["fused"]["devices"]["/device:GPU:0"]["fused tail"] == 12
     assert record.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_overlap(monkeypatch, capsys):
+    """On CPUs, where there is nothing to see, each program runs and has its row."""
+    sizes = {"WIDTH": 64, "MATMULS": 2, "ITERATIONS": 2}
+    for name, size in sizes.items():
+        monkeypatch.setattr(overlap, name, size)
+    monkeypatch.setattr(sys, "argv", ["overlap.py", *overlap.MIDDLES, "--repeats", "1"])
+    overlap.main()
+    rows = re.findall(r"^\| (\w+) \| \d+ \| - \|$", capsys.readouterr().out, re.MULTILINE)
+    assert rows == [*overlap.MIDDLES]
 
 
 @pytest.mark.parametrize("per", ["3", "7", "1000"])
