@@ -8,8 +8,8 @@ are the caller's.
 """
 
 import argparse
+import functools
 import statistics
-import time
 from collections.abc import Callable
 
 import common
@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import xplane
 from jax.sharding import PartitionSpec as P
+
+from jax_gemma_arf import rmsnorm
 
 WIDTH, MATMULS, ITERATIONS = 1536, 20, 16
 
@@ -35,8 +37,7 @@ def program(middle: Callable[[jax.Array], jax.Array], mesh: jax.sharding.Mesh):
 
     def half(x, weights):
         for w in weights:
-            y = (x @ w).astype(jnp.float32)
-            x += (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True))).astype(x.dtype)
+            x += rmsnorm(x @ w, jnp.ones(WIDTH))
         return x
 
     def iteration(_, carry):
@@ -71,16 +72,12 @@ def main() -> None:
     }
     print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}\n")
     print("| program | us an iteration | kernels that overlap |\n| --- | ---: | ---: |")
+    clock = common.Clock(mesh, arguments.repeats)
     for name in arguments.programs:
-        call = compiled[name]
-        samples = []
-        for _ in range(3 + arguments.repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(call(*operands))
-            samples.append((time.perf_counter() - start) / ITERATIONS * 1e6)
-        trace = xplane.traced(lambda call=call: call(*operands))
-        shares = [f"{xplane.overlap(kernels):.0%}" for kernels in trace.values()]
-        print(f"| {name} | {statistics.median(samples[3:]):.0f} | {', '.join(shares) or '-'} |")
+        call = functools.partial(compiled[name], *operands)
+        step = statistics.median(clock.microseconds(call, ITERATIONS))
+        shares = [f"{xplane.overlap(kernels):.0%}" for kernels in xplane.traced(call).values()]
+        print(f"| {name} | {step:.0f} | {', '.join(shares) or '-'} |")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def test_two_calls_a_layer(variant, mesh, built):
     assert text.count(f"@{lowering.TARGET_NAME}") == 2 * layers
     assert "stablehlo.all_reduce" not in text
     assert text.count("stablehlo.all_gather") == lookups(variant)
+    assert "stablehlo.partition_id" not in text
     # The norm before the first layer. E2B's per-layer branch has a norm, and moves the next one out
     # of the fused call; the experts' router has one.
     assert row_norms(text) == 1 + {"E2B": 2, "26B": 1}.get(variant, 0) * layers

@@ -62,10 +62,11 @@ def test_collectives(programs, built, variant):
 @pytest.mark.timeout(400)
 def test_no_weight_is_copied(programs, built):
     """XLA of jaxlib 0.12 transposes the weights of queries, keys and values in every step, where
-    they are multiplied as in the official modules: at the width of 31B, 1.4 million elements a
-    head."""
+    they are multiplied as in the official modules."""
     del built
     wide = [row for row in programs if "wide" in row]
     assert [row["batch"] for row in wide] == [1, 2]
+    of_one_head = sizes.WIDE["embed_dim"] * sizes.WIDE["head_dim"]
     for row in wide:
-        assert row["batch"] * 21504 <= row["largest_result"] < 5376 * 256, row
+        gate_and_up = row["batch"] * sizes.WIDE["hidden_dim"]  # of half the units, really written
+        assert gate_and_up <= row["largest_result"] < of_one_head, row

@@ -51,6 +51,7 @@ def test_lookup(table, cpus, collective, sizes, names):
     other = {"all_gather": "all_reduce", "all_reduce": "all_gather"}[collective]
     assert f"stablehlo.{collective}" in text
     assert f"stablehlo.{other}" not in text
+    assert ("stablehlo.partition_id" in text) == (collective == "all_reduce")
 
 
 @pytest.mark.usefixtures("collective")

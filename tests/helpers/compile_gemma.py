@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from helpers import gemma_models
+from helpers import gemma_sizes as sizes
 from jax_gemma_arf import TARGET_NAME, audit
 from jax_gemma_arf.integrations.gemma import param_shardings, tensor_parallel
 
@@ -50,16 +51,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 CACHE_LENGTH = 32
 # Ranks, batch, whether the step is in a loop.
 PROGRAMS = ((2, 1, True), (2, 2, True), (2, 16, True), (2, 1, False), (4, 1, True))
-# The blocks of 31B: XLA treats small weights otherwise.
-WIDE = {
-    "embed_dim": 5376,
-    "hidden_dim": 21504,
-    "num_heads": 32,
-    "head_dim": 256,
-    "num_kv_heads": 16,
-    "global_key_size": 512,
-    "num_global_kv_heads": 4,
-}
 
 
 def compiled(
@@ -68,16 +59,16 @@ def compiled(
     """Returns the optimised HLO of one decode step, or of four in a loop.
 
     official: of the unmodified model with the same parameter shardings, and without a cache.
-    wide: with the sizes of 31B.
+    wide: of blocks as wide as 31B's, since XLA treats small weights otherwise.
     """
     topology = topologies.get_topology_desc(
         platform="cuda", topology=f"1x1x{ranks}", target_config=TARGET
     )
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("tp",))
-    model = gemma_models.official(variant, dtype=jnp.bfloat16, **(WIDE if wide else {}))
+    changes = sizes.WIDE if wide else {}
+    model = gemma_models.official(variant, dtype=jnp.bfloat16, **changes)
     parallel = tensor_parallel(model, mesh)
-    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
+    shapes = gemma_models.shapes(variant, **changes)
     params = gemma_models.structs(shapes, param_shardings(parallel, shapes), jnp.bfloat16)
     whole = jax.NamedSharding(mesh, jax.P())
     token = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=whole)
@@ -119,15 +110,14 @@ def step_of(text: str) -> str:
     return max(re.split(r"\n(?=%|ENTRY)", text), key=lambda part: part.count(TARGET_NAME))
 
 
-def length_kernels(text: str, batch: int) -> int:
+def length_kernels(step: str, batch: int) -> int:
     """Returns how many kernels of a step write the length of one layer's cache alone."""
-    return len(re.findall(rf"= s32\[{batch}\]\S* fusion\(", step_of(text)))
+    return len(re.findall(rf"= s32\[{batch}\]\S* fusion\(", step))
 
 
-def largest_result(text: str) -> int:
+def largest_result(step: str) -> int:
     """Returns the elements of the largest array that a kernel of a step writes."""
-    results = r"= \(?\w+\[([\d,]*)\]\S* (?:fusion|copy|transpose)\("
-    written = re.findall(results, step_of(text))
+    written = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:fusion|copy|transpose)\(", step)
     return max(math.prod(int(n) for n in dims.split(",") if n) for dims in written)
 
 
@@ -148,8 +138,9 @@ def main() -> None:
             calls = text.count(f'custom_call_target="{TARGET_NAME}"')
             found: dict[str, Any] = {"calls": calls, "collectives": collectives(text)}
             if calls:  # which tell where the step is
-                found["largest_result"] = largest_result(text)
-                found["length_kernels"] = length_kernels(text, row["batch"])
+                step = step_of(text)
+                found["largest_result"] = largest_result(step)
+                found["length_kernels"] = length_kernels(step, row["batch"])
             print(json.dumps(row | found), flush=True)
 
 

@@ -92,10 +92,11 @@ def official(variant: str, layers: int | None = None, dtype=jnp.float32, **chang
 
 
 @functools.cache
-def shapes(variant: str, layers: int | None = None):
-    """The official model's parameters as ShapeDtypeStruct."""
+def shapes(variant: str, layers: int | None = None, **changes):
+    """The official model's parameters as ShapeDtypeStruct. changes: of the config."""
+    model = official(variant, layers, **changes)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(official(variant, layers).init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def params(variant: str, layers: int | None = None, dtype=jnp.float32, plain_router: bool = True):

@@ -26,6 +26,17 @@ UNSHARED_LAYERS = 2
 
 BATCH, TOKENS, DECODED = 2, 9, 3
 
+# Changes of 31B's config: blocks as wide as the official ones.
+WIDE = {
+    "embed_dim": 5376,
+    "hidden_dim": 21504,
+    "num_heads": 32,
+    "head_dim": 256,
+    "num_kv_heads": 16,
+    "global_key_size": 512,
+    "num_global_kv_heads": 4,
+}
+
 
 def tokens() -> np.ndarray:
     """[BATCH, TOKENS]; the last DECODED of them are fed one by one in the cached runs."""
